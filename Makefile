@@ -1,0 +1,43 @@
+# Everything a fresh machine needs is Python >= 3.11 with venv, make and git.
+VENV := .venv
+BIN := $(VENV)/bin
+# The first interpreter on the PATH that is new enough; `make PYTHON=/path/to/python3.12 quickstart` takes another.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: quickstart test test-slow lint format clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml run_clm_owt.py --recipe recipes/quickstart.yaml
+
+# One thread per test process: pytest-xdist keeps the cores busy with one process each.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+test-slow: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed, and none is on the PATH;" \
+		"install one, or name it: make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[test]'
+	@touch $@ $(VENV)/.installed

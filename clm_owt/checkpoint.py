@@ -1,0 +1,251 @@
+"""Checkpoints: everything a run's future depends on, written aside, marked complete, renamed; then older ones pruned.
+
+    checkpoints/step-00000500/
+      model.safetensors       parameters, by name (the tied head once)
+      optimizer.safetensors   AdamW's moments and step counts, as `<parameter>/<moment>`
+      random_states.json      the random states of every process, by rank
+      state.json              the TrainState
+      complete.json           sizes and SHA-256 of the files above, written last
+
+Nothing is pickled. A folder without a marker that fits its files is no checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from clm_owt.machine import Processes
+from clm_owt.recipe import InputError
+
+MARKER = "complete.json"
+PARTIAL = ".partial"
+
+
+@dataclass
+class TrainState:
+    """Where a run is. `position` counts the blocks consumed and `tokens` their tokens, skipped steps included."""
+
+    step: int = 0
+    position: int = 0
+    tokens: int = 0
+    micro_batch: int = 0
+    validated_step: int = -1  # the last step after which was validated, and sampled
+    sampled_step: int = -1
+    best_validation_loss: float | None = None
+    elapsed_seconds: float = 0.0  # of training, validation and all else, over all sessions of the run
+    tracker_ids: dict[str, str] = field(default_factory=dict)
+    recent_losses: list[float] = field(default_factory=list)  # what skip_outliers judges by
+    recent_grad_norms: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint's contents in host memory. The tensors are empty on all processes but the main one."""
+
+    state: dict[str, object]
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    random_states: list[object]
+
+
+def take_snapshot(
+    state: TrainState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, processes: Processes
+) -> Snapshot:
+    """Copy a run's state to host memory. Collective: every process calls it."""
+    is_main = processes.rank == 0
+    parameters = dict(model.named_parameters())
+    moments = {
+        f"{name}/{moment}": value
+        for name, parameter in parameters.items()
+        for moment, value in optimizer.state.get(parameter, {}).items()
+    }
+    return Snapshot(
+        asdict(state),
+        copy_to_host(parameters, keep=is_main),
+        copy_to_host(moments, keep=is_main),
+        processes.gather(random_state()),
+    )
+
+
+def copy_to_host(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    """Copies on the CPU of whole tensors; sharded ones are gathered, which every process takes part in."""
+    copies = {}
+    for name, tensor in tensors.items():
+        whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        if keep:
+            copies[name] = whole.to("cpu", copy=True)
+    return copies
+
+
+def restore(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, processes: Processes
+) -> TrainState:
+    """Load a checkpoint into a fresh model and optimizer, and set this process's random states."""
+    parameters = dict(model.named_parameters())
+    weights = load_file(folder / "model.safetensors")
+    if weights.keys() != parameters.keys():
+        different = sorted(weights.keys() ^ parameters.keys())[0]
+        raise InputError(f"{folder}: its model differs from the recipe's, at {different}; use another output_dir")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(placed_like(weights[name], parameter))
+    for name, value in load_file(folder / "optimizer.safetensors").items():
+        parameter_name, moment = name.rsplit("/", 1)
+        parameter = parameters[parameter_name]
+        # The step count is a scalar; it lies beside the moments as the fused kernel wants it.
+        placed = placed_like(value, parameter) if value.dim() else value.to(parameter.device)
+        optimizer.state[parameter][moment] = placed
+    random_states = json.loads((folder / "random_states.json").read_text())
+    if processes.rank < len(random_states):
+        set_random_state(random_states[processes.rank])
+    return TrainState(**json.loads((folder / "state.json").read_text()))
+
+
+def placed_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value.to(parameter.device)
+
+
+def random_state() -> dict[str, list]:
+    """The states of all random number generators of this process, as JSON knows them."""
+    version, numbers, gauss = random.getstate()
+    name, words, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, words.tolist(), position, has_gauss, cached],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else [],
+        "mps": torch.mps.get_rng_state().tolist() if torch.backends.mps.is_available() else [],
+    }
+
+
+def set_random_state(saved: dict[str, list]) -> None:
+    version, numbers, gauss = saved["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state(tuple(saved["numpy"]))
+    torch.set_rng_state(torch.tensor(saved["torch"], dtype=torch.uint8))
+    if saved["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(saved["cuda"], dtype=torch.uint8))
+    if saved["mps"] and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(torch.tensor(saved["mps"], dtype=torch.uint8))
+
+
+class CheckpointWriter:
+    """Writes snapshots in the background, one at a time, on the main process."""
+
+    def __init__(self, folder: Path, total_limit: int):
+        self.folder = folder
+        self.total_limit = total_limit
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Start writing; waits for the write before, and raises its error."""
+        self.wait()
+        self._pending = self._executor.submit(self._write, snapshot)
+
+    def wait(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _write(self, snapshot: Snapshot) -> Path:
+        path = write_snapshot(snapshot, self.folder)
+        prune(self.folder, self.total_limit)
+        return path
+
+
+def write_snapshot(snapshot: Snapshot, folder: Path) -> Path:
+    """Write one checkpoint below `folder`; it has its name only once it is whole and on disk."""
+    final = folder / f"step-{snapshot.state['step']:08d}"
+    aside = final.with_name(final.name + PARTIAL)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file(snapshot.model, aside / "model.safetensors")
+    save_file(snapshot.optimizer, aside / "optimizer.safetensors")
+    (aside / "random_states.json").write_text(json.dumps(snapshot.random_states))
+    (aside / "state.json").write_text(json.dumps(snapshot.state, indent=2))
+    listing = {file.name: fingerprint(file) for file in sorted(aside.iterdir())}
+    for name in listing:
+        flush_to_disk(aside / name)
+    (aside / MARKER).write_text(json.dumps({"files": listing}, indent=2))
+    flush_to_disk(aside / MARKER)
+    flush_to_disk(aside)
+    if final.exists():  # the same step, from before a resumption further back, or damaged
+        shutil.rmtree(final)
+    aside.rename(final)
+    flush_to_disk(folder)
+    return final
+
+
+def fingerprint(file: Path) -> dict[str, object]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file, or a folder (so that its entries survive a power cut)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prune(folder: Path, total_limit: int) -> None:
+    for old in checkpoints(folder)[total_limit:]:
+        shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints below `folder`, newest first, whole or not."""
+    return sorted((p for p in folder.glob("step-*") if not p.name.endswith(PARTIAL)), reverse=True)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if it is whole."""
+    try:
+        listing = json.loads((checkpoint / MARKER).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MARKER} is missing or unreadable"
+    for name, expected in listing.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+        if fingerprint(file) != expected:
+            return f"{name} is altered (its SHA-256 differs)"
+    return None
+
+
+def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint below `folder` (None if there is none at all), and why newer ones were passed over.
+
+    Raises InputError where there are checkpoints and none is whole: that is no reason to start anew.
+    """
+    passed_over = []
+    for checkpoint in checkpoints(folder):
+        reason = damage(checkpoint)
+        if reason is None:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint}: {reason}")
+    if passed_over:
+        raise InputError(
+            "resume_from_checkpoint: no whole checkpoint:\n"
+            + "\n".join(f"  {line}" for line in passed_over)
+            + f"\nremove {folder} to start anew, or give another output_dir"
+        )
+    return None, []

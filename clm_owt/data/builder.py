@@ -1,0 +1,258 @@
+"""The process that writes the token store while training runs: `python -m clm_owt.data.builder`.
+
+It takes no part in the training's process group, ignores SIGINT, and ends with its parent: its standard input is a
+pipe that closes when the parent is gone, however that ended. Errors come back through its exit status and output,
+which are files without a name, so that bad input leaves nothing behind.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from clm_owt.data.encoding import (
+    TRAINING_BYTES,
+    Encoder,
+    TokenizerFolder,
+    fetch_tokenizer,
+    publish,
+    tokenizer_folder,
+    train_tokenizer,
+)
+from clm_owt.data.sources import Source, read_documents, remember_refs
+from clm_owt.data.token_store import FORMAT_VERSION, StoreWriter, TokenStore, store_folder, write_store
+from clm_owt.recipe import InputError, Recipe
+
+# Set by accelerate and torchrun for their processes; the builder is none of them.
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "MASTER_",
+    "GROUP_",
+    "ROLE_",
+    "TORCHELASTIC_",
+    "ACCELERATE_",
+    "OMP_",
+)
+SHOWN_LINES = 20
+
+
+class Builder:
+    """The builder process, as the training process that started it sees it. Usable in a `with` statement."""
+
+    def __init__(self, process: subprocess.Popen | None = None, output=None, errors=None):
+        self.process = process
+        self.output = output
+        self.errors = errors
+
+    @classmethod
+    def none(cls) -> "Builder":
+        """For ranks that start no builder: `check` and `stop` do nothing."""
+        return cls()
+
+    @classmethod
+    def start(cls, recipe: Recipe, source: Source) -> "Builder":
+        """Start the builder, unless the store is complete already."""
+        if TokenStore(recipe, source).is_whole():
+            return cls.none()
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
+        package_root = str(Path(__file__).parents[2])  # where `accelerate launch path/to/run_clm_owt.py` finds it too
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH")]))
+        output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (`check` reads them)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "clm_owt.data.builder"],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=errors,
+            env=environment,
+            start_new_session=True,  # a Ctrl-C at the terminal is for the training process alone
+        )
+        process.stdin.write(pickle.dumps((recipe, source)))
+        process.stdin.flush()
+        return cls(process, output, errors)
+
+    def check(self, waiting_for: str = "") -> None:
+        """Raises what the builder died of, if it did: `InputError` for input that cannot work, else `RuntimeError`.
+        Never blocks; `waiting_for` is there so that this can be handed to the waits of `TokenStore`."""
+        status = self.process.poll() if self.process else None
+        if not status:
+            return
+        if status == 2:
+            raise InputError(read_back(self.output).strip())
+        if status < 0:
+            reason = f"was ended by {signal.Signals(-status).name}"
+            reason += " (is memory short?)" if status == -signal.SIGKILL else ""
+        else:
+            reason = f"failed with status {status}"
+        trace = "\n".join(read_back(self.errors).splitlines()[-SHOWN_LINES:])
+        raise RuntimeError(f"the builder of the token store {reason}; the same command continues it\n{trace}".strip())
+
+    def stop(self) -> None:
+        """End the builder, if it still runs; the store stays whole and can be continued."""
+        if self.process is None:
+            return
+        self.process.terminate()
+        self.process.wait()
+        self.process.stdin.close()
+
+    def __enter__(self) -> "Builder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+
+def read_back(file) -> str:
+    file.seek(0)
+    return file.read().decode("utf-8", errors="replace")
+
+
+def build(recipe: Recipe, source: Source) -> None:
+    """Write what is missing of the recipe's tokenizer and store. Returns when the store is complete; while another
+    process builds the same store, waits for it, and takes over should that one die."""
+    cache = Path(recipe.data_cache_dir).expanduser()
+    folder = tokenizer_folder(recipe, source)
+    with only_builder(cache, recipe, source), tempfile.TemporaryDirectory() as aside:
+        there = (folder / "tokenizer.json").is_file()
+        tokenizer = TokenizerFolder(folder if there else make_tokenizer(recipe, source, Path(aside)))
+
+        def before_first_shard():
+            if not there:
+                publish(Path(aside), folder)
+            remember_refs(source, cache)
+
+        def on_shard(split: str):
+            if split == "train":  # training may begin: from here on it comes first where cores are few
+                os.setpriority(os.PRIO_PROCESS, 0, 10)
+
+        store = store_folder(recipe, source, tokenizer)
+        writer = StoreWriter(store, describe_store(recipe, source, tokenizer), before_first_shard, on_shard)
+        if not writer.manifest["complete"]:
+            encoder = Encoder(tokenizer, os.environ.get("CLM_OWT_ENCODER", "gigatoken"))
+            write_store(writer, source, encoder, tokenizer.eos_token_id)
+
+
+def describe_store(recipe: Recipe, source: Source, tokenizer: TokenizerFolder) -> dict:
+    """The head of a manifest: what the store was made of."""
+    return {
+        "format": FORMAT_VERSION,
+        "source": json.loads(source.to_json()),
+        "tokenizer": {
+            "sha256": tokenizer.sha256,
+            "eos_token": tokenizer.eos_token,
+            "eos_token_id": tokenizer.eos_token_id,
+            "vocab_size": tokenizer.vocab_size,
+        },
+        "block_size": recipe.block_size,
+        "validation_documents": recipe.validation_documents,
+        "dtype": np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32).name,
+    }
+
+
+def make_tokenizer(recipe: Recipe, source: Source, folder: Path) -> Path:
+    if recipe.tokenizer_name is not None:
+        fetch_tokenizer(recipe.tokenizer_name, folder)
+    else:
+        texts = training_texts(source, recipe.validation_documents)
+        train_tokenizer(texts, recipe.train_tokenizer_vocab_size, folder)
+    return folder
+
+
+def training_texts(source: Source, validation_documents: int, max_bytes: int = TRAINING_BYTES) -> Iterator[str]:
+    """The documents after the validation ones, until they are `max_bytes` long."""
+    documents = size = 0
+    for _, texts in read_documents(source):
+        for text in filter(None, texts.to_pylist()):
+            documents += 1
+            if documents > validation_documents:
+                yield text
+                size += len(text.encode())
+                if size >= max_bytes:
+                    return
+
+
+@contextlib.contextmanager
+def only_builder(cache: Path, recipe: Recipe, source: Source) -> Iterator[None]:
+    """One builder at a time for one store: a lock that the kernel releases when its holder dies.
+    The lock's file goes with the lock, and with it the folders that were made for it and hold nothing else."""
+    folder = cache / "locks"
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    tokenizer = str(tokenizer_folder(recipe, source))
+    same_store = json.dumps([source.identity(), tokenizer, recipe.block_size, recipe.validation_documents])
+    file = folder / (hashlib.sha256(same_store.encode()).hexdigest()[:16] + ".lock")
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = open(file, "a+")  # noqa: SIM115 (closed below)
+        except FileNotFoundError:  # the folder went with another builder's lock
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if file.exists() and os.path.samestat(os.fstat(lock.fileno()), file.stat()):
+            break
+        lock.close()  # its holder removed the file: another one is the lock now
+    try:
+        lock.truncate(0)
+        lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
+        lock.flush()
+        yield
+    finally:
+        file.unlink()
+        lock.close()
+        for path in created:
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def end_with_parent() -> None:
+    """End this process at once when its standard input closes or its parent changes: both mean the parent is gone."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            readable, _, _ = select.select([sys.stdin.buffer], [], [], 1.0)
+            if readable and not os.read(sys.stdin.fileno(), 1):
+                break
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    recipe, source = pickle.load(sys.stdin.buffer)
+    end_with_parent()
+    warnings.simplefilter("ignore")
+    try:
+        build(recipe, source)
+    except InputError as error:
+        print(error, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    status = 1
+    try:
+        status = main()
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(status)  # an abandoned Parquet iterator's threads would hold or spoil an ordinary exit

@@ -1,0 +1,211 @@
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from clm_owt.recipe import FIELDS, RecipeError, load_recipe
+
+ROOT = Path(__file__).parent.parent
+REQUIRED = {
+    "dataset_name": "python-docs",
+    "train_tokenizer_vocab_size": "512",
+    "effective_batch_size": "8",
+    "learning_rate": "1e-3",
+    "warmup_steps": "2",
+    "max_steps": "10",
+}
+
+
+def words(**changes: str | None) -> list[str]:
+    settings = REQUIRED | changes
+    return [f"--{name}={value}" for name, value in settings.items() if value is not None]
+
+
+def problems(argv: list[str]) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(argv)
+    return caught.value.problems
+
+
+def recipe_file(tmp_path: Path, text: str) -> list[str]:
+    path = tmp_path / "trial.yaml"
+    path.write_text(text, encoding="utf-8")
+    return ["--recipe", str(path)]
+
+
+FILE = "\n".join(f"{name}: {value}" for name, value in REQUIRED.items()) + "\n"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid(recipe):
+    assert load_recipe(["--recipe", str(recipe)]).run_name == recipe.stem
+
+
+def test_the_real_recipe_holds_the_guide_s_settings():
+    recipe = load_recipe(["--recipe", str(ROOT / "recipes/owt_512.yaml")])
+    assert (recipe.effective_batch_size, recipe.learning_rate, recipe.warmup_steps) == (512, 3e-3, 2000)
+    assert (recipe.min_lr_ratio, recipe.num_train_epochs, recipe.eval_steps, recipe.block_size) == (0.1, 2, 500, 1024)
+    assert (recipe.dataset_name, recipe.tokenizer_name) == ("Skylion007/openwebtext", "openai-community/gpt2")
+    assert recipe.total_steps() == 34_480
+
+
+def test_the_command_line_wins_over_the_file_in_both_forms(tmp_path):
+    argv = recipe_file(tmp_path, FILE)
+    assert load_recipe([*argv, "--penalty_weight", "0.01"]).penalty_weight == 0.01
+    assert load_recipe([*argv, "--penalty_weight=-1e-2"]).penalty_weight == -0.01
+    assert load_recipe([*argv, "--penalty_weight", "-0.01"]).penalty_weight == -0.01
+    assert load_recipe([*argv, "--sample_prompts", "one two", "three"]).sample_prompts == ("one two", "three")
+    assert load_recipe([*argv, "--seed", "7"]).seed == 7
+
+
+def test_none_sets_a_key_to_null(tmp_path):
+    argv = recipe_file(tmp_path, FILE + "sample_steps: 5\nreport_to: []\n")
+    assert load_recipe(argv).sample_steps == 5
+    assert load_recipe([*argv, "--sample_steps", "none"]).sample_steps is None
+    assert load_recipe([*argv, "--report_to=none"]).report_to == ()
+
+
+def test_scientific_notation_is_a_number_in_yaml(tmp_path):
+    recipe = load_recipe(recipe_file(tmp_path, FILE.replace("1e-3", "3e-3")))
+    assert recipe.learning_rate == 3e-3
+
+
+def test_a_run_is_named_after_the_recipe_and_what_the_command_line_changes_in_its_result(tmp_path):
+    argv = recipe_file(tmp_path, FILE + "penalty_weight: 0.0\n")
+    assert load_recipe(argv).output_dir == "runs/trial"
+    assert load_recipe([*argv, "--penalty_weight", "0.01"]).run_name == "trial,penalty_weight=0.01"
+    assert load_recipe([*argv, "--max_steps", "3"]).output_dir == "runs/trial,max_steps=3"
+    unchanged = ["--penalty_weight", "0", "--logging_steps", "1", "--report_to", "none", "--max_batch_size", "2"]
+    assert load_recipe([*argv, *unchanged]).run_name == "trial"
+    assert load_recipe([*argv, "--run_name", "mine"]).output_dir == "runs/mine"
+
+
+def test_a_recipe_written_out_reads_back_the_same(tmp_path):
+    recipe = load_recipe(words(sample_prompts="λ: 'quoted'", data_cache_dir="/tmp/é"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(["--recipe", str(path)]) == recipe
+
+
+def test_all_problems_are_reported_at_once(tmp_path):
+    text = "dataset_name: text\nblock_sise: 1\nlearning_rate: fast\nn_embd: 100\nwarmup_steps: 50\nmax_steps: 20\n"
+    found = problems([*recipe_file(tmp_path, text), "--seed", "x", "--what", "1"])
+    for expected in (
+        "block_sise; did you mean block_size?",
+        "learning_rate: 'fast' does not work; expected a number such as 3e-3",
+        "--what",
+        "seed: 'x' does not work; expected a whole number",
+        "data_files: missing",
+        "effective_batch_size: missing",
+        "tokenizer_name: missing",
+        "n_embd: 100 is not a multiple of n_head 12",
+        "warmup_steps: 50 does not end before the run does, after 20 steps",
+    ):
+        assert any(expected in problem for problem in found), (expected, found)
+    assert len(found) == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"effective_batch_size": "0"}, "expected at least 1"),
+        ({"effective_batch_size": "8.5"}, "expected a whole number"),
+        ({"learning_rate": "nan"}, "expected a finite number"),
+        ({"learning_rate": "-1"}, "expected greater than 0"),
+        ({"min_lr_ratio": "1.1"}, "expected in [0, 1]"),
+        ({"adam_beta2": "1"}, "expected in [0, 1)"),
+        ({"target_memory_utilization": "0"}, "expected in (0, 1]"),
+        ({"penalty_type": "entropy"}, "expected one of non_max_sum, neg_max_prob, neg_entropy, top_k_mass"),
+        ({"penalty_weight": "inf"}, "expected a finite number"),
+        ({"penalty_top_k": "0"}, "expected at least 1"),
+        ({"torch_compile": "maybe"}, "expected true or false or auto"),
+        ({"auto_batch_size": "2"}, "expected true or false"),
+        ({"tokenizer_name": "gpt2"}, "excludes train_tokenizer_vocab_size 512"),
+        ({"tokenizer_name": "./nowhere", "train_tokenizer_vocab_size": None}, "no folder with a tokenizer.json"),
+        ({"train_tokenizer_vocab_size": "256"}, "expected at least 257"),
+        ({"dataset_name": "text", "data_files": "/nowhere/*.txt"}, "'/nowhere/*.txt' matches no file here"),
+        ({"dataset_name": "my folder"}, "not a Hub id"),
+        ({"dataset_revision": "main"}, "cannot be used with the built-in python-docs"),
+        ({"max_steps": None}, "expected max_steps or num_train_epochs"),
+        ({"max_steps": None, "num_train_epochs": "1", "expected_train_blocks": "7"}, "give no whole step"),
+        ({"warmup_steps": "10"}, "the rate would stop at 0.001"),
+        ({"report_to": "mlflow"}, "expected any of wandb, tensorboard, trackio"),
+        ({"sample_steps": "5", "sample_prompts": "none"}, "needs sample_prompts"),
+        ({"push_to_hub": "true"}, "needs hub_model_id"),
+        ({"hub_strategy": "always"}, "expected one of end, every_save"),
+        ({"resume_from_checkpoint": "/nowhere"}, "expected auto, never or a checkpoint"),
+        ({"seed": "-1"}, "expected in [0, 2**32)"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_with_what_would(changes, expected):
+    found = problems(words(**changes))
+    assert len(found) == 1, found
+    assert expected in found[0]
+    assert any(name in found[0] for name in changes) or "total steps" in found[0]
+
+
+def test_an_incomplete_warmup_is_taken_when_the_recipe_says_so():
+    assert load_recipe(words(warmup_steps="10", allow_incomplete_warmup="true")).warmup_steps == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [1", "line 1: not valid YAML"),
+        ("- a\n- b\n", "expected lines of the form `key: value`, got list"),
+        ("", "got NoneType"),
+        ("seed: 1\nseed: 2\n", "line 2: not valid YAML: the key 'seed' is given twice; keep one"),
+        ("seed: {a: 1}\n", "seed: {'a': 1} does not work"),
+        ("seed: '5'\n", "seed: '5' does not work; expected a whole number"),
+        ("run_name: 5\n", "expected text (in quotes where it looks like a number)"),
+        ("seed: true\n", "expected a whole number"),
+        ("seed: null\n", "expected a whole number, not null"),
+        ("sample_prompts: [1]\n", "expected text, or a list of texts"),
+        ("7: 7\n", "unknown key 7"),
+    ],
+)
+def test_a_file_that_cannot_be_read_as_a_recipe_is_refused(tmp_path, text, expected):
+    found = problems([*recipe_file(tmp_path, text), *words()])
+    assert any(expected in problem for problem in found), found
+
+
+def test_a_key_given_twice_on_the_command_line_is_an_error():
+    assert "--seed: given 2 times; give it once" in problems([*words(), "--seed", "1", "--seed=2"])
+
+
+def test_a_bad_recipe_ends_with_status_2_within_two_seconds_and_writes_nothing(tmp_path):
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "run_clm_owt.py"), "--recipe", "missing.yaml", "--block_sise", "3"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    seconds = time.monotonic() - started
+    assert result.returncode == 2
+    assert "error: --recipe: there is no file missing.yaml" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+    assert seconds < 2
+
+
+def test_reading_a_recipe_imports_no_torch():
+    code = "import sys, clm_owt.recipe; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_every_key_is_read_somewhere():
+    sources = [p.read_text() for p in ROOT.glob("clm_owt/**/*.py") if p.name != "recipe.py"]
+    sources.append((ROOT / "run_clm_owt.py").read_text())
+    in_recipe = {"allow_incomplete_warmup", "num_train_epochs", "max_steps", "expected_train_blocks"}  # total_steps()
+    unread = [name for name in FIELDS if not any(f"recipe.{name}" in source for source in sources)]
+    assert set(unread) - in_recipe == set()
+
+
+def test_a_recipe_cannot_be_changed_after_it_was_checked():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_recipe(words()).seed = 1

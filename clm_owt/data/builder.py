@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -123,9 +123,10 @@ def read_back(file) -> str:
     return file.read().decode("utf-8", errors="replace")
 
 
-def build(recipe: Recipe, source: Source) -> None:
-    """Write what is missing of the recipe's tokenizer and store. Returns when the store is complete; while another
-    process builds the same store, waits for it, and takes over should that one die."""
+def build(recipe: Recipe, source: Source, on_shard: Callable[[str], None] = lambda split: None) -> None:
+    """Write what is missing of the recipe's tokenizer and store; `on_shard(split)` is called after each shard.
+    Returns when the store is complete; while another process builds the same store, waits for it, and takes over
+    should that one die."""
     cache = Path(recipe.data_cache_dir).expanduser()
     folder = tokenizer_folder(recipe, source)
     with only_builder(cache, recipe, source), tempfile.TemporaryDirectory() as aside:
@@ -136,10 +137,6 @@ def build(recipe: Recipe, source: Source) -> None:
             if not there:
                 publish(Path(aside), folder)
             remember_refs(source, cache)
-
-        def on_shard(split: str):
-            if split == "train":  # training may begin: from here on it comes first where cores are few
-                os.setpriority(os.PRIO_PROCESS, 0, 10)
 
         store = store_folder(recipe, source, tokenizer)
         writer = StoreWriter(store, describe_store(recipe, source, tokenizer), before_first_shard, on_shard)
@@ -192,7 +189,7 @@ def only_builder(cache: Path, recipe: Recipe, source: Source) -> Iterator[None]:
     """One builder at a time for one store: a lock that the kernel releases when its holder dies.
     The lock's file goes with the lock, and with it the folders that were made for it and hold nothing else."""
     folder = cache / "locks"
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [folder, *(path for path in folder.parents if not path.exists())]
     tokenizer = str(tokenizer_folder(recipe, source))
     same_store = json.dumps([source.identity(), tokenizer, recipe.block_size, recipe.validation_documents])
     file = folder / (hashlib.sha256(same_store.encode()).hexdigest()[:16] + ".lock")
@@ -233,13 +230,19 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def yield_to_training(split: str) -> None:
+    """Once there is a shard to train on, training comes first where cores are few."""
+    if split == "train":
+        os.setpriority(os.PRIO_PROCESS, 0, 10)
+
+
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     recipe, source = pickle.load(sys.stdin.buffer)
     end_with_parent()
     warnings.simplefilter("ignore")
     try:
-        build(recipe, source)
+        build(recipe, source, yield_to_training)
     except InputError as error:
         print(error, flush=True)
         return 2

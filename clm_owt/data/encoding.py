@@ -181,7 +181,9 @@ def fetch_tokenizer(name: str, folder: Path) -> None:
     for file in (*TOKENIZER_FILES, "special_tokens_map.json"):
         try:
             path = Path(hf_hub_download(name, file))
-        except LocalEntryNotFoundError as error:
+        except LocalEntryNotFoundError as error:  # no connection, and not in the Hugging Face cache either
+            if file == "special_tokens_map.json":  # few repositories have it
+                continue
             raise InputError(f"tokenizer_name: {name!r} cannot be taken from the Hub ({describe(error)})") from error
         except EntryNotFoundError as error:
             if file == "tokenizer.json":

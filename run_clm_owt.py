@@ -4,16 +4,33 @@ accelerate launch run_clm_owt.py --recipe recipes/owt_512.yaml
 """
 
 import contextlib
+import errno
+import os
 import sys
 from pathlib import Path
 
 from clm_owt.recipe import InputError, Recipe, exit_with, read_command_line
+from clm_owt.stopping import RunFailed, StopRequest, close_output, tell
 
 
-def run(recipe: Recipe, plan_only: bool) -> None:
+def run(recipe: Recipe, plan_only: bool, stop: StopRequest) -> None:
     """The whole of a run, or what is left of it. Raises InputError for what cannot work, Stopped after a signal."""
     # Imported here, so that a bad recipe is reported without waiting for torch.
-    from clm_owt import batching, checkpoint, loop, machine, modeling, optim, plan, run_folder, tracking
+    from clm_owt import (
+        batching,
+        checkpoint,
+        device_memory,
+        devices,
+        fp8,
+        hub,
+        loop,
+        machine,
+        modeling,
+        optim,
+        plan,
+        run_folder,
+        tracking,
+    )
     from clm_owt.data.builder import Builder
     from clm_owt.data.encoding import load_tokenizer
     from clm_owt.data.order import TrainingBlocks
@@ -27,11 +44,11 @@ def run(recipe: Recipe, plan_only: bool) -> None:
 
     begun = processes.on_main(run_folder.find_begun_run, recipe)
     if begun.finished:
-        return say(*run_folder.summarize(Path(recipe.output_dir)))
+        return say(*processes.on_main(run_folder.summarize, Path(recipe.output_dir)))
+    if not plan_only:
+        say(*processes.on_main(hub.check_repository, recipe))
 
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(machine.StopRequest().listening())
-
         # Data: one builder a machine writes the token store, every process reads it.
         source = processes.on_main(resolve_source, begun.pin_data(recipe))
         builder = Builder.start(recipe, source) if accelerator.is_local_main_process else Builder.none()
@@ -42,7 +59,9 @@ def run(recipe: Recipe, plan_only: bool) -> None:
         begun.check_same_data(store.folder.name)
 
         model = modeling.build_model(recipe, len(tokenizer), tokenizer.eos_token_id).to(accelerator.device)
-        optimizer = optim.build_optimizer(model, recipe)
+        if accelerator.mixed_precision == "fp8":
+            say(fp8.convert(model, accelerator))
+        modeling.compile_blocks(model, recipe.torch_compile, accelerator.device)
 
         store.wait_for_validation(check)
         if recipe.total_steps() is None:
@@ -51,7 +70,10 @@ def run(recipe: Recipe, plan_only: bool) -> None:
         store.wait_for_rows(recipe.effective_batch_size, check)
 
         # Plan: fixed when the run begins.
-        micro_batch = batching.find_micro_batch(recipe, processes.count)
+        search = batching.find_micro_batch(
+            model, recipe, accelerator, processes, stop, known=begun.micro_batch_search, probing=not plan_only
+        )
+        say(search.describe())
         data = plan.Data(
             train_documents=store.documents["train"] if store.complete else None,
             validation_documents=store.documents["validation"],
@@ -59,26 +81,44 @@ def run(recipe: Recipe, plan_only: bool) -> None:
             validation_blocks=len(store.validation),
         )
         the_plan = plan.make_plan(
-            recipe, data, vocab_size=len(tokenizer), processes=processes.count, micro_batch=micro_batch
+            recipe,
+            data,
+            vocab_size=len(tokenizer),
+            processes=processes.count,
+            micro_batch=search.micro_batch,
+            mixed_precision=accelerator.mixed_precision,
+            sharded=processes.sharded,
+            device_type=accelerator.device.type,
+            device_name=devices.name_of(accelerator.device),
+            device_memory=device_memory.total_memory(accelerator.device),
+            data_disk=processes.on_main(plan.find_disk, store.folder),
+            output_disk=processes.on_main(plan.find_disk, Path(recipe.output_dir)),
         )
         say(*plan.describe(the_plan, recipe))
         if plan_only:
             return
         if accelerator.is_main_process:
-            run_folder.begin(recipe, the_plan, source=source, store=store.folder.name)
+            run_folder.begin(
+                recipe, the_plan, search, source=source, store=store.folder.name, resumed_after=begun.resumed_after
+            )
 
         # Training, from the start or from where it was.
+        processes.shard(model)
+        optimizer = optim.build_optimizer(model, recipe)
         state = checkpoint.TrainState()
         if begun.checkpoint is not None:
             state = checkpoint.restore(begun.checkpoint, model, optimizer, processes)
             say(*begun.passed_over, f"Continuing after step {state.step:,}, from {begun.checkpoint}")
-        state.micro_batch = micro_batch
-        modeling.compile_blocks(model, recipe.torch_compile, accelerator.device)
+            folder = Path(recipe.output_dir) / "checkpoints"
+            processes.on_main(checkpoint.set_aside_newer, folder, begun.checkpoint)
+        if not (search.from_plan and state.micro_batch):  # on the same machine a step-down later in the run stays
+            state.micro_batch = search.micro_batch
         schedule = optim.build_schedule(
             optimizer, recipe.warmup_steps, the_plan.total_steps, recipe.min_lr_ratio, completed_steps=state.step
         )
         tracker = stack.enter_context(tracking.Tracker(recipe, accelerator, the_plan.total_steps))
         tracker.start(state, config=recipe.to_dict() | the_plan.to_dict())
+        uploads = hub.HubUploads(recipe, model, tokenizer, the_plan.total_steps, processes, tracker.say)
         training = loop.Run(
             recipe=recipe,
             total_steps=the_plan.total_steps,
@@ -93,22 +133,42 @@ def run(recipe: Recipe, plan_only: bool) -> None:
             stop=stop,
             tracker=tracker,
             throughput=tracking.Throughput.of(the_plan, recipe, accelerator),
-            checkpoints=checkpoint.CheckpointWriter(Path(recipe.output_dir) / "checkpoints", recipe.save_total_limit),
+            checkpoints=checkpoint.CheckpointWriter(
+                Path(recipe.output_dir) / "checkpoints",
+                recipe.save_total_limit,
+                on_written=uploads.saved,
+                say=tracker.say,
+            ),
         )
-        loop.train(training, state)
+        with stop.between_steps():
+            loop.train(training, state)
 
         # Export
         run_folder.export(recipe, model, tokenizer, store, state, processes)
-        say(*run_folder.summarize(Path(recipe.output_dir)))
+        tracker.close()
+        say(*processes.on_main(run_folder.summarize, Path(recipe.output_dir)))
+        uploads.finish(stop)
 
 
 def main(argv: list[str]) -> None:
     """Exit statuses: 0 finished, 2 a recipe or input that cannot work, 1 any other error, 128 + n after signal n."""
     try:
         recipe, plan_only = read_command_line(argv)
-        run(recipe, plan_only)
+        with StopRequest().listening() as stop:
+            run(recipe, plan_only, stop)
     except InputError as error:
         exit_with(error)
+    except RunFailed as error:
+        if os.environ.get("RANK", "0") == "0":
+            tell(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        tell(f"error: {error}; make room, and the same command continues", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        close_output()
 
 
 if __name__ == "__main__":

@@ -1,26 +1,33 @@
 """The machine a run finds itself on: its processes, its device, and what they must agree on."""
 
-import contextlib
 import os
-import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import datasets
-import psutil
 import torch
 import torch.distributed as dist
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from clm_owt.data.builder import Builder
 from clm_owt.recipe import InputError, Recipe
+from clm_owt.stopping import Stopped, StopRequest, tell
 
 T = TypeVar("T")
+
+UNSUPPORTED = {
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config (tensor or context parallelism)",
+    "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params",
+    "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing (the recipe's gradient_checkpointing decides)",
+}
 
 
 def quiet_libraries() -> None:
@@ -36,23 +43,18 @@ def quiet_libraries() -> None:
 
 def create_accelerator(recipe: Recipe) -> Accelerator:
     """The Accelerator of this process, refused where the machine's configuration cannot keep a recipe's promises."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise InputError(
-            "accelerate config: DeepSpeed is not supported: its engine takes the optimizer step inside backward, so "
-            "neither the check for finite numbers nor a repeated step could hold; use FSDP2"
-        )
-    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    if dynamo.lower() != "no":
-        raise InputError(
-            f"accelerate config: dynamo_backend {dynamo} stands beside the recipe's torch_compile, which decides; "
-            "set dynamo_backend: no"
-        )
-    accelerator = Accelerator(log_with=list(recipe.report_to) or None, project_dir=recipe.output_dir)
+    refuse_unkept_settings()
+    accelerator = Accelerator()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise InputError(
             f"accelerate config: {launched} processes were launched but each came up alone; on CPU use "
             "distributed_type: MULTI_GPU with use_cpu: true and set ACCELERATE_USE_CPU=true in the environment"
+        )
+    if asks_for("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
+        raise InputError(
+            "accelerate config: FSDP comes up as version 1, or on a CPU as a copy of the model in each process; set "
+            "fsdp_version: 2 (accelerate_configs/fsdp2.yaml), or on a CPU take accelerate_configs/cpu_2proc.yaml"
         )
     if accelerator.mixed_precision == "fp16":
         raise InputError(
@@ -67,56 +69,40 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-class Stopped(SystemExit):
-    """The run was told to stop by a signal; leaves with status 128 + its number."""
+def refuse_unkept_settings() -> None:
+    """Raises InputError for settings of an Accelerate config that this loop would go against or pass over in silence.
+    `accelerate launch` hands them down in the environment."""
+    problems = []
+    if asks_for("ACCELERATE_USE_DEEPSPEED"):
+        problems.append(
+            "DeepSpeed is not supported: its engine takes the optimizer step inside backward, so neither the check "
+            "for finite numbers nor a repeated step could hold; use FSDP2 (accelerate_configs/fsdp2.yaml)"
+        )
+    for variable, name in UNSUPPORTED.items():
+        if asks_for(variable):
+            problems.append(f"{name} is not supported; take a file of accelerate_configs/")
+    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if dynamo.lower() != "no":
+        problems.append(
+            f"dynamo_backend {dynamo} stands beside the recipe's torch_compile, which decides; set dynamo_backend: no"
+        )
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        problems.append(
+            f"gradient_accumulation_steps {accumulation} stands beside the recipe's effective_batch_size, from which "
+            "the number of micro-batches follows; remove it"
+        )
+    if problems:
+        raise InputError("\n".join(f"accelerate config: {problem}" for problem in problems))
 
-    def __init__(self, signum: int):
-        self.name = signal.Signals(signum).name
-        super().__init__(128 + signum)
 
-
-class StopRequest:
-    """Notices SIGTERM, SIGINT and SIGUSR1, and the disappearance of the launcher, which counts as SIGTERM.
-
-    `accelerate launch` with one process forwards no signal, so the worker would run on alone. A second signal ends
-    the process at once.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self._received: int | None = None
-        self._launcher = os.getppid() if launched_by_accelerate() else None
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator["StopRequest"]:
-        previous = {signum: signal.signal(signum, self._on_signal) for signum in self.SIGNALS}
-        try:
-            yield self
-        finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
-
-    def _on_signal(self, signum: int, frame: object) -> None:
-        if self._received is not None:
-            os._exit(128 + signum)
-        self._received = signum
-
-    @property
-    def signum(self) -> int | None:
-        if self._received is None and self._launcher is not None and os.getppid() != self._launcher:
-            self._received = signal.SIGTERM
-        return self._received
-
-    def check(self) -> None:
-        """Raise Stopped if the run was told to stop."""
-        if self.signum is not None:
-            raise Stopped(self.signum)
+def asks_for(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
 
 
 class WaitingCheck:
     """Called over and over while the run waits for data, with what it waits for: lets a stop and the builder's death
-    end the waiting, and says once every few seconds what is waited for."""
+    end the waiting, passes on what the builder says, and says once every few seconds what is waited for."""
 
     def __init__(self, stop: StopRequest, builder: Builder, say: Callable[..., None], say_every: float = 10.0):
         self._stop, self._builder, self._say, self._every = stop, builder, say, say_every
@@ -124,18 +110,11 @@ class WaitingCheck:
 
     def __call__(self, waiting_for: str = "") -> None:
         self._stop.check()
+        self._say(*self._builder.news())
         self._builder.check(waiting_for)
         if waiting_for and time.monotonic() - self._said_at > self._every:
             self._said_at = time.monotonic()
             self._say(f"waiting for {waiting_for}")
-
-
-def launched_by_accelerate() -> bool:
-    try:
-        command = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
-        return False
-    return any("accelerate" in os.path.basename(word) or "torch.distributed.run" in word for word in command[:4])
 
 
 @dataclass(frozen=True)
@@ -155,6 +134,7 @@ class Processes:
     def __init__(self, accelerator: Accelerator):
         self.rank = accelerator.process_index
         self.count = accelerator.num_processes
+        self.device = accelerator.device
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self._cpu_group = dist.new_group(backend="gloo") if self.count > 1 else None
 
@@ -171,9 +151,27 @@ class Processes:
         if signum is not None:
             raise Stopped(signum)
 
+    def shard(self, model: torch.nn.Module) -> None:
+        """Under FSDP2 share out the parameters, a group for each transformer block and one for the rest, in place.
+
+        By torch's own `fully_shard`, with what Accelerate's plugin cannot say: gradients are summed and not averaged,
+        since the loss is divided by the tokens of the whole batch; computation goes by autocast, as on every machine;
+        and the root is sharded again after its forward, so that parameters are always shards between steps.
+        (`Accelerator.prepare` would make a group of the tied embedding that is gathered when the module `wte` is
+        called; the fused loss takes its weight without calling it.)
+        """
+        if not self.sharded:
+            return
+        mesh = init_device_mesh(self.device.type, (self.count,))
+        for module in (*model.transformer.h, model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Add up the gradients of all processes, in place: the one synchronisation of a step."""
-        if self.count > 1:
+        """Add up the gradients of all processes, in place: the one synchronisation of a step, which nothing in forward
+        or backward does. (Under FSDP2 the last backward has done it.)"""
+        if self.count > 1 and not self.sharded:
             works = [dist.all_reduce(p.grad, async_op=True) for p in parameters if p.grad is not None]
             for work in works:
                 work.wait()
@@ -191,7 +189,8 @@ class Processes:
         return values
 
     def on_main(self, function: Callable[..., T], *arguments: object) -> T:
-        """What `function(*arguments)` gives on the main process, on every process; an InputError there is one here."""
+        """What `function(*arguments)` gives on the main process, on every process; an InputError there ends them all,
+        and the main process tells it."""
         result: T | InputError | None = None
         if self.rank == 0:
             try:
@@ -201,13 +200,17 @@ class Processes:
         if self.count > 1:
             result = broadcast_object_list([result])[0]
         if isinstance(result, InputError):
-            raise result
+            raise result if self.rank == 0 else SystemExit(2)
         return result
+
+    def refuse(self, message: str) -> NoReturn:
+        """Leave with an InputError, which only the main process tells. All processes call it."""
+        raise (InputError(message) if self.rank == 0 else SystemExit(2)) from None
 
     def say(self, *lines: str) -> None:
         """Print lines, on the main process only."""
-        if self.rank == 0:
-            print(*lines, sep="\n", flush=True)
+        if self.rank == 0 and lines:
+            tell(*lines)
 
     def gather(self, value: object) -> list[object]:
         """The `value` of every process, by rank, on every process."""

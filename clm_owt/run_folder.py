@@ -14,15 +14,18 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from clm_owt.checkpoint import TrainState, copy_to_host, damage, find_newest
+from clm_owt.batching import MicroBatchSearch
+from clm_owt.checkpoint import TrainState, copy_to_host, damage, find_newest, flush_to_disk
 from clm_owt.data.baselines import ngram_losses
 from clm_owt.data.sources import Source
 from clm_owt.data.token_store import TokenStore
+from clm_owt.fp8 import relaid
 from clm_owt.machine import Processes
+from clm_owt.metrics import read_metrics
 from clm_owt.modeling import GPT2ForPretraining
 from clm_owt.plan import Plan
 from clm_owt.recipe import InputError, Recipe, show
-from clm_owt.tracking import clock, read_metrics
+from clm_owt.tracking import clock
 
 # Data up to this size are also modelled by unigrams and bigrams, for comparison; it takes seconds.
 BASELINE_TOKENS = 20_000_000
@@ -40,8 +43,20 @@ class BegunRun:
 
     def pin_data(self, recipe: Recipe) -> Recipe:
         """The recipe, reading the very commit of the dataset that the run began with."""
-        commit = self.plan["source"].get("revision") if self.plan else None
+        commit = self.plan["source"]["commit"] if self.plan else None
         return dataclasses.replace(recipe, dataset_revision=commit) if commit else recipe
+
+    @property
+    def resumed_after(self) -> list[int]:
+        """The steps after which the run was continued, this session included."""
+        if self.checkpoint is None:
+            return []
+        step = json.loads((self.checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
+        return [before for before in (self.plan or {}).get("resumed_after", []) if before <= step] + [step]
+
+    @property
+    def micro_batch_search(self) -> dict[str, object] | None:
+        return self.plan.get("micro_batch_search") if self.plan else None
 
     def check_same_data(self, store: str) -> None:
         """Raises InputError if the token store is not the one that the run began with."""
@@ -59,10 +74,7 @@ def find_begun_run(recipe: Recipe) -> BegunRun:
     Raises InputError where the folder holds another run, or this one and it is not to be continued.
     """
     folder = Path(recipe.output_dir)
-    plan = None
-    if (folder / "recipe.yaml").exists() and (folder / "plan.json").exists():
-        refuse_other_run(recipe, folder)
-        plan = read_plan(folder)
+    plan = plan_of_same_run(recipe, folder)
     if recipe.resume_from_checkpoint == "never":
         if plan:
             raise InputError(
@@ -72,8 +84,19 @@ def find_begun_run(recipe: Recipe) -> BegunRun:
         return BegunRun()
     if recipe.resume_from_checkpoint == "auto":
         checkpoint, passed_over = find_newest(folder / "checkpoints")
+        if checkpoint is not None and plan is None:
+            raise InputError(
+                f"output_dir: {folder} holds checkpoints but lacks recipe.yaml or plan.json; restore them from a "
+                "copy, or give another output_dir"
+            )
     else:
-        checkpoint, passed_over = Path(recipe.resume_from_checkpoint), []
+        checkpoint, passed_over = Path(recipe.resume_from_checkpoint).absolute(), []
+        plan = plan_of_same_run(recipe, checkpoint.parent.parent)
+        if plan is None:
+            raise InputError(
+                f"resume_from_checkpoint: {checkpoint} does not lie in a run's folder, with recipe.yaml and plan.json "
+                "two levels above it"
+            )
         reason = damage(checkpoint)
         if reason is not None:
             raise InputError(f"resume_from_checkpoint: {checkpoint}: {reason}; give a whole one, or auto")
@@ -82,27 +105,44 @@ def find_begun_run(recipe: Recipe) -> BegunRun:
     return BegunRun(plan, checkpoint, remarks, finished)
 
 
-def refuse_other_run(recipe: Recipe, folder: Path) -> None:
-    begun = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    now = recipe.to_dict()
-    different = [name for name in recipe.result_settings() if begun.get(name) != now[name]]
-    if different:
-        changes = ", ".join(f"{name}: {show(begun.get(name))} -> {show(now[name])}" for name in different)
+def plan_of_same_run(recipe: Recipe, folder: Path) -> dict[str, object] | None:
+    """The plan of the run in `folder`, if there is one. Raises InputError if it is another run than the recipe's."""
+    if not ((folder / "recipe.yaml").exists() and (folder / "plan.json").exists()):
+        return None
+    try:
+        begun = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        plan = read_plan(folder)
+        begun_settings = {name: begun.get(name) for name in recipe.result_settings()}
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise InputError(
-            f"output_dir: {folder} holds another run ({changes}); give another output_dir,\n"
-            f"  or begin a new run from its weights: --init_from {folder}/model --output_dir {folder}-2"
-        )
+            f"output_dir: recipe.yaml or plan.json in {folder} cannot be read ({' '.join(str(error).split())});\n"
+            "  restore them from a copy, or give another output_dir"
+        ) from error
+    now = recipe.to_dict()
+    different = [name for name, value in begun_settings.items() if value != now[name]]
+    if different:
+        changes = ", ".join(f"{name}: {show(begun_settings[name])} -> {show(now[name])}" for name in different)
+        if (folder / "model").exists():
+            way_on = f"or begin a new run from its weights: --init_from {folder}/model --output_dir {folder}-2"
+        else:
+            way_on = f"when it has ended, --init_from {folder}/model begins a new run from its weights"
+        raise InputError(f"output_dir: {folder} holds another run ({changes}); give another output_dir,\n  {way_on}")
+    return plan
 
 
-def begin(recipe: Recipe, plan: Plan, source: Source, store: str) -> None:
+def begin(
+    recipe: Recipe, plan: Plan, search: MicroBatchSearch, source: Source, store: str, resumed_after: list[int]
+) -> None:
     """Create the run's folder, or renew recipe.yaml and plan.json in it; each is replaced in one piece."""
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_aside(folder / "recipe.yaml", recipe.to_yaml())
     content = {
         **plan.to_dict(),
+        "micro_batch_search": search.to_dict(),
         "source": json.loads(source.to_json()),
         "store": store,
+        "resumed_after": resumed_after,
         "environment": environment(),
     }
     write_aside(folder / "plan.json", json.dumps(content, indent=2) + "\n")
@@ -117,7 +157,7 @@ def export(
     processes: Processes,
 ) -> None:
     """Write `model/` with model and tokenizer, in one piece, and the end of the run to plan.json. Collective."""
-    weights = copy_to_host(model.state_dict(), keep=processes.rank == 0)
+    weights = relaid(model, copy_to_host(dict(model.named_parameters()), keep=processes.rank == 0))
     if processes.rank != 0:
         return
     folder = Path(recipe.output_dir)
@@ -144,6 +184,7 @@ def read_plan(folder: Path) -> dict[str, object]:
 def write_aside(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".partial")
     aside.write_text(text, encoding="utf-8")
+    flush_to_disk(aside)
     aside.replace(path)
 
 

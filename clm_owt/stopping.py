@@ -1,0 +1,136 @@
+"""How a run ends before its end: told to stop by a signal, left by its launcher, or failed for a known reason."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Self, TextIO
+
+import psutil
+
+# Signals that come within so many seconds are one: a Ctrl-C reaches a process from the terminal and, forwarded, from
+# its launcher; a scheduler signals the batch script and its steps.
+ECHO_SECONDS = 1.0
+
+LAUNCHERS = ("accelerate", "torchrun", "torch.distributed.run")
+
+
+class RunFailed(Exception):
+    """An error of a run, not of its recipe, that a line or two tell completely; exit status 1."""
+
+
+class Stopped(SystemExit):
+    """The run was told to stop by a signal; leaves with status 128 + its number."""
+
+    def __init__(self, signum: int):
+        self.name = signal.Signals(signum).name
+        super().__init__(128 + signum)
+
+
+class StopRequest:
+    """Notices SIGTERM, SIGINT and SIGUSR1, and the disappearance of the launcher, which counts as SIGTERM.
+
+    Ends the run at once, by raising Stopped wherever it is, while there is nothing to save; inside `between_steps`
+    a request only waits to be asked for. `accelerate launch` with one process forwards no signal, so the worker would
+    run on alone. A second signal ends the process without another word, even where it hangs in a collective.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.reached = "before the first step"  # how far the run is and what is saved of it, for the last line
+        self._received: int | None = None
+        self._at_once = True
+        self._launcher = os.getppid() if launched() else None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Self]:
+        """Listen, and where that ends the run say how to continue."""
+        previous = {signum: signal.signal(signum, self._on_signal) for signum in self.SIGNALS}
+        receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        previous_fd = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(receiver,), name="signals", daemon=True).start()
+        try:
+            yield self
+        except Stopped as stopped:
+            if os.environ.get("RANK", "0") == "0":
+                tell(f"Stopped by {stopped.name} {self.reached}; the same command continues")
+            raise
+        finally:
+            signal.set_wakeup_fd(previous_fd)
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+            sender.close()
+
+    @contextlib.contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """From here on the run itself asks, by `check` or `signum`, where it can stop."""
+        self._at_once = False
+        try:
+            yield
+        finally:
+            self._at_once = True
+        self.check()
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        if self._received is None:
+            self._received = signum
+            if self._at_once:
+                raise Stopped(signum)
+
+    def _watch(self, receiver: socket.socket) -> None:
+        """A thread of its own sees every signal, also while the main thread is in a call that does not return."""
+        first = None
+        receiver.settimeout(1.0)
+        with receiver:
+            while True:
+                try:
+                    number = receiver.recv(1)
+                except TimeoutError:
+                    if self._launcher is not None and os.getppid() != self._launcher:
+                        self._launcher = None
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    continue
+                if not number:
+                    return
+                if number[0] in self.SIGNALS:
+                    first = first or time.monotonic()
+                    if time.monotonic() - first > ECHO_SECONDS:
+                        os._exit(128 + number[0])
+
+    @property
+    def signum(self) -> int | None:
+        return self._received
+
+    def check(self) -> None:
+        """Raise Stopped if the run was told to stop."""
+        if self.signum is not None:
+            raise Stopped(self.signum)
+
+
+def launched() -> bool:
+    try:
+        command = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return False
+    return any(launcher in os.path.basename(word) for word in command[:4] for launcher in LAUNCHERS)
+
+
+def tell(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines. That nobody reads them any more, or that the disk of the log is full, is no reason to end a run."""
+    with contextlib.suppress(OSError):
+        print(*lines, sep="\n", file=file, flush=True)
+
+
+def close_output() -> None:
+    """Give up what could not be printed, so that it does not change the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

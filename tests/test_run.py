@@ -1,0 +1,161 @@
+"""The main job as its users start it: real processes, from the recipe to the exported model."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from runs import PYTHON, environment, launcher, run, timeless_metrics, write_json_lines
+
+from clm_owt.checkpoint import checkpoints
+
+
+@pytest.fixture(scope="session")
+def whole_run(tiny_recipe, tmp_path_factory) -> Path:
+    """The folder of a tiny run that was never interrupted, by `python run_clm_owt.py`."""
+    home = tmp_path_factory.mktemp("whole")
+    result = run(PYTHON, "--recipe", str(tiny_recipe), cwd=home)
+    assert result.returncode == 0, result.stderr
+    return home / "runs" / "tiny"
+
+
+def test_one_process_under_accelerate_launch_does_the_same_bit_for_bit(whole_run, tiny_recipe, tmp_path):
+    result = run(launcher(), "--recipe", str(tiny_recipe), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert timeless_metrics(tmp_path / "runs/tiny") == timeless_metrics(whole_run)
+    assert (tmp_path / "runs/tiny/samples.md").read_text() == (whole_run / "samples.md").read_text()
+    weights = "model/model.safetensors"
+    assert (tmp_path / "runs/tiny" / weights).read_bytes() == (whole_run / weights).read_bytes()
+
+
+def test_the_run_folder_holds_what_the_design_lists(whole_run):
+    names = {path.name for path in whole_run.iterdir()}
+    assert names == {
+        "recipe.yaml",
+        "plan.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "samples.md",
+        "model",
+        "training_curves.png",
+    }
+    plan = json.loads((whole_run / "plan.json").read_text())
+    assert (plan["total_steps"], plan["micro_batch"], plan["batch_arithmetic"]) == (
+        12,
+        8,
+        "8 = 1 process × 1 micro-batch of 8",
+    )
+    assert plan["baselines"]["bigram"] < plan["baselines"]["unigram"]
+    assert [path.name for path in checkpoints(whole_run / "checkpoints")] == ["step-00000012", "step-00000008"]
+
+
+def test_the_metrics_hold_each_step_once_with_every_field(whole_run):
+    rows = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    train = [row for row in rows if row["split"] == "train"]
+    validation = [row for row in rows if row["split"] == "validation"]
+    assert [row["step"] for row in train] == list(range(1, 13))
+    assert [row["step"] for row in validation] == [0, 5, 10, 12]
+    shared = {"step", "split", "loss", "ce_loss", "penalty", "max_prob", "entropy", "perplexity", "tokens"}
+    timing = {"tokens_per_second", "step_seconds", "data_seconds"}
+    assert all(row.keys() == shared | timing | {"epoch", "learning_rate", "grad_norm", "micro_batch"} for row in train)
+    assert all(row.keys() == shared for row in validation)
+    assert [row["tokens"] for row in train] == [256 * step for step in range(1, 13)]
+    assert [row["learning_rate"] for row in train][:3] == [0.0, 1.5e-3, 3e-3]
+    assert validation[-1]["loss"] < validation[0]["loss"]
+
+
+def test_the_model_is_an_ordinary_gpt2_that_a_pipeline_loads(whole_run):
+    from transformers import GPT2LMHeadModel, pipeline
+
+    generate = pipeline("text-generation", model=str(whole_run / "model"))
+    assert type(generate.model) is GPT2LMHeadModel
+    text = generate("Returns the", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    assert text.startswith("Returns the") and len(text) > len("Returns the")
+    assert generate.model.config.activation_function == "gelu_new"
+    assert generate.model.config.vocab_size == len(generate.tokenizer) == 400
+
+
+def test_the_same_command_again_reports_the_finished_run(whole_run, tiny_recipe):
+    before = (whole_run / "metrics.jsonl").read_bytes()
+    result = run(PYTHON, "--recipe", str(tiny_recipe), cwd=whole_run.parent.parent)
+    assert result.returncode == 0
+    assert result.stdout.startswith("Finished tiny: 12 steps")
+    assert "Plan" not in result.stdout
+    assert (whole_run / "metrics.jsonl").read_bytes() == before
+
+
+def stop_when(process: subprocess.Popen, folder: Path, signum: int) -> int:
+    """Send a signal once the folder's first checkpoint is there; gives the exit status."""
+    deadline = time.monotonic() + 120
+    while not checkpoints(folder / "checkpoints"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signum)
+    return process.wait(timeout=60)
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_run_stopped_after_a_checkpoint_continues_to_the_same_end_bit_for_bit(
+    whole_run, tiny_recipe, tmp_path, signum, status
+):
+    command = [*PYTHON, "--recipe", str(tiny_recipe)]
+    folder = tmp_path / "runs/tiny"
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert stop_when(process, folder, signum) == status
+        assert "Traceback" not in process.stderr.read()
+    assert not (folder / "model").exists()  # it was stopped before the end
+    result = run(PYTHON, "--recipe", str(tiny_recipe), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Continuing after step" in result.stdout
+    assert timeless_metrics(folder) == timeless_metrics(whole_run)
+    assert (folder / "samples.md").read_text() == (whole_run / "samples.md").read_text()
+    assert (folder / "model/model.safetensors").read_bytes() == (whole_run / "model/model.safetensors").read_bytes()
+
+
+def test_a_folder_that_holds_another_run_is_refused_with_the_way_on(whole_run, tiny_recipe):
+    before = sorted(path.name for path in whole_run.rglob("*"))
+    options = ["--recipe", str(tiny_recipe), "--learning_rate", "1e-3", "--output_dir", str(whole_run)]
+    result = run(PYTHON, *options, cwd=whole_run.parent)
+    assert result.returncode == 2
+    assert "holds another run (learning_rate: 0.003 -> 0.001)" in result.stderr
+    assert f"--init_from {whole_run}/model --output_dir" in result.stderr
+    assert sorted(path.name for path in whole_run.rglob("*")) == before
+
+
+def test_the_plan_alone_trains_nothing_and_leaves_no_run_folder(tiny_recipe, tmp_path):
+    result = run(PYTHON, "--recipe", str(tiny_recipe), "--plan_only", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "12 steps of 256 tokens" in result.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+BAD_DATA = {
+    "an empty file": (lambda folder: (folder / "x.jsonl").write_text(""), []),
+    "empty documents only": (lambda folder: write_json_lines(folder / "x.jsonl", ["", ""]), []),
+    "a corpus shorter than a block": (lambda folder: write_json_lines(folder / "x.jsonl", ["a b", "c d"]), []),
+    "a missing column": (lambda folder: write_json_lines(folder / "x.jsonl", ["a" * 99] * 9), ["--text_column=body"]),
+    "a number for text": (lambda folder: (folder / "x.jsonl").write_text('{"text": 5}\n'), []),
+    "no JSON": (lambda folder: (folder / "x.jsonl").write_text("what\n"), []),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_data_that_cannot_be_trained_on_is_named_and_nothing_is_written(tiny_recipe, tmp_path, name):
+    write, options = BAD_DATA[name]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder)
+    cache = tmp_path / "cache"
+    more = ["--data_files", str(folder / "x.jsonl"), "--data_cache_dir", str(cache), "--validation_documents=1"]
+    result = run(PYTHON, "--recipe", str(tiny_recipe), *more, *options, cwd=tmp_path)
+    assert result.returncode == 2, (result.stdout, result.stderr)
+    assert "Traceback" not in result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert 1 <= len(lines) <= 3, lines
+    assert lines[0].startswith("error: ")
+    assert not (tmp_path / "runs").exists()
+    assert not cache.exists() or not list(cache.rglob("*")), list(cache.rglob("*"))

@@ -12,6 +12,7 @@ import functools
 import glob
 import importlib.util
 import math
+import os
 import re
 import sys
 import typing
@@ -477,7 +478,9 @@ def default_run_name(path: Path | None, file_values: dict[str, Any], values: dic
 
 
 def exit_with(error: InputError) -> typing.NoReturn:
-    """Print an input's errors as a user wants to read them and leave with status 2."""
-    for line in str(error).splitlines():
-        print(f"error: {line}" if not line.startswith(" ") else line, file=sys.stderr)
+    """Print what cannot work, one `error:` for each problem, and leave with status 2."""
+    shared_by_all_processes = isinstance(error, RecipeError)
+    if not shared_by_all_processes or os.environ.get("RANK", "0") == "0":
+        for problem in getattr(error, "problems", [str(error)]):
+            print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)

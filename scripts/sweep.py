@@ -1,0 +1,484 @@
+"""Run a W&B sweep file on this machine, without a server or an account.
+
+python scripts/sweep.py recipes/sweeps/lambda_quickstart.yaml
+python scripts/sweep.py recipes/sweeps/lambda_owt.yaml --gpus 0,1,2,3      one run on each GPU, side by side
+python scripts/sweep.py recipes/sweeps/lambda_owt.yaml --dry_run           the commands, one a line
+python scripts/sweep.py recipes/sweeps/lr_owt.yaml --max_steps 1000        further options go to every run
+
+A grid is run in order; `random` and `bayes` sample `run_cap` runs through Optuna. Each run has its own folder, as if
+started by hand: started again, the sweep keeps finished runs and continues unfinished ones. With `early_terminate` in
+the file, a sampled run whose validation loss is behind the median of the others at the same step is stopped (W&B's
+agents use Hyperband). The table at the end compares runs by validation cross-entropy, which means the same whatever
+the penalty is. `report_to` in the file is for W&B's agents and left out here.
+"""
+
+import argparse
+import contextlib
+import csv
+import itertools
+import json
+import math
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clm_owt.recipe import InputError, Recipe, RecipeError, StrictLoader, exit_with, load_recipe, show
+
+METHODS = ("grid", "random", "bayes")
+POLL_SECONDS = 1.0
+MEASURES = ("step", "ce_loss", "perplexity", "max_prob", "entropy")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file: `fixed` options, and `searched` ones, by name."""
+
+    name: str
+    method: str
+    fixed: dict[str, Any]
+    searched: dict[str, dict[str, Any]]
+    command: list[str]
+    program: str
+    run_cap: int | None
+    first_pruned_validation: int | None  # None: no run is stopped early
+
+
+@dataclass
+class SweptRun:
+    """One run of a sweep: its options, where it writes, and how it went."""
+
+    options: dict[str, Any]
+    recipe: Recipe
+    status: str = "not started"
+    measures: dict[str, float] = field(default_factory=dict)
+    seconds: float = math.nan
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.recipe.output_dir)
+
+
+def read_sweep(path: Path, run_cap: int | None = None) -> Sweep:
+    """Raises InputError with everything in the file that cannot be run here."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as a sweep: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected W&B's sweep format, with program, method and parameters")
+    problems = []
+    method = content.get("method")
+    if method not in METHODS:
+        problems.append(f"{path}: method: {method!r} does not work; expected one of {', '.join(METHODS)}")
+    parameters = content.get("parameters") or {}
+    fixed = {name: p["value"] for name, p in parameters.items() if "value" in p and name != "report_to"}
+    searched = {name: p for name, p in parameters.items() if "value" not in p}
+    if not searched:
+        problems.append(f"{path}: parameters: nothing to search; give one of them `values`, or `min` and `max`")
+    for name, parameter in searched.items():
+        if method == "grid" and "values" not in parameter:
+            problems.append(f"{path}: {name}: a grid needs `values`")
+        elif method != "grid":
+            try:
+                distribution(name, parameter)
+            except InputError as error:
+                problems.append(f"{path}: {error}")
+    for name in ("output_dir", "run_name"):
+        if name in parameters:
+            problems.append(f"{path}: {name}: every run of a sweep needs its own; leave it out")
+    run_cap = run_cap or content.get("run_cap")
+    if method in ("random", "bayes") and not run_cap:
+        problems.append(f"{path}: run_cap: missing; how many runs is a {method} search to try?")
+    if problems:
+        raise InputError("\n".join(problems))
+    early = content.get("early_terminate")
+    return Sweep(
+        name=path.stem,
+        method=method,
+        fixed=fixed,
+        searched=searched,
+        command=content.get("command") or ["${env}", "${interpreter}", "${program}", "${args}"],
+        program=content.get("program", "run_clm_owt.py"),
+        run_cap=run_cap,
+        first_pruned_validation=None if early is None else early.get("min_iter", 1),
+    )
+
+
+def distribution(name: str, parameter: dict[str, Any]):
+    """The Optuna distribution of a W&B parameter. Raises InputError for one that has none."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if "values" in parameter:
+        return CategoricalDistribution(parameter["values"])
+    low, high = parameter.get("min"), parameter.get("max")
+    if low is None or high is None:
+        raise InputError(f"{name}: expected value, values, or min and max")
+    whole = isinstance(low, int) and isinstance(high, int)
+    kind = parameter.get("distribution", "int_uniform" if whole else "uniform")
+    match kind:
+        case "int_uniform":
+            return IntDistribution(low, high)
+        case "uniform":
+            return FloatDistribution(low, high)
+        case "log_uniform_values":
+            return FloatDistribution(low, high, log=True)
+        case "q_uniform":
+            return FloatDistribution(low, high, step=parameter.get("q", 1))
+    raise InputError(
+        f"{name}: distribution {kind!r} is unknown here; expected int_uniform, uniform, log_uniform_values, q_uniform"
+    )
+
+
+def grid(sweep: Sweep) -> Iterator[dict[str, Any]]:
+    """Every combination of the searched values, the last parameter fastest."""
+    for values in itertools.product(*(parameter["values"] for parameter in sweep.searched.values())):
+        yield dict(zip(sweep.searched, values, strict=True))
+
+
+def to_arguments(options: dict[str, Any]) -> list[str]:
+    """As W&B's agents pass them: `--penalty_weight=0.01`."""
+    return [f"--{name}={show(value)}" for name, value in options.items()]
+
+
+def plan_run(sweep: Sweep, searched: dict[str, Any], extra: list[str]) -> SweptRun:
+    """Raises RecipeError where these values make no recipe."""
+    return SweptRun(searched, load_recipe([*to_arguments(sweep.fixed | searched), *extra]))
+
+
+def run_command(sweep: Sweep, run: SweptRun, extra: list[str], gpu: str | None) -> list[str]:
+    """The command of a run, W&B's macros filled in. On one GPU of several it is started as a single process."""
+    arguments = [*to_arguments(sweep.fixed | run.options), *extra]
+    words: list[str] = []
+    for word in sweep.command:
+        match word:
+            case "${env}":
+                words.append("/usr/bin/env")
+            case "${interpreter}":
+                words.append(sys.executable)
+            case "${program}":
+                words.append(sweep.program)
+            case "${args}":
+                words += arguments
+            case "launch" if gpu is not None:
+                words += ["launch", "--num_processes", "1", "--main_process_port", "0"]
+            case _:
+                words.append(word)
+    return words
+
+
+class Stopping:
+    """Ends all running commands when the sweep is interrupted; what they had done is continued the next time."""
+
+    def __init__(self) -> None:
+        self.requested = threading.Event()
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["Stopping"]:
+        previous = {s: signal.signal(s, lambda *_: self.requested.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+
+def execute(
+    command: list[str],
+    log: Path,
+    gpu: str | None,
+    stopping: Stopping,
+    watch: Callable[[], bool] = lambda: False,
+) -> int | None:
+    """Run a command, its output to `log`; its exit status, or None where `watch` said to end it.
+
+    The command has a process group of its own, so that the training ends with its launcher.
+    """
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        ended = False
+        while process.poll() is None:
+            if not ended and (stopping.requested.is_set() or watch()):
+                ended = True
+                os.killpg(process.pid, signal.SIGTERM)  # a training saves itself first
+            time.sleep(POLL_SECONDS / 10)
+    return None if ended and not stopping.requested.is_set() else process.returncode
+
+
+def read_result(run: SweptRun) -> None:
+    """Fill in how the run stands from its folder: the last validation and, where it has ended, its time."""
+    for row in validation_rows(run.folder):
+        run.measures = {name: row[name] for name in MEASURES if name in row}
+    plan = run.folder / "plan.json"
+    if plan.is_file():
+        content = json.loads(plan.read_text(encoding="utf-8"))
+        if "finished" in content:
+            run.status = "finished"
+            run.seconds = content["elapsed_seconds"]
+
+
+def validation_rows(folder: Path) -> list[dict[str, float]]:
+    metrics = folder / "metrics.jsonl"
+    if not metrics.is_file():
+        return []
+    # A line that is being written has no end yet.
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in rows if row["split"] == "validation"]
+
+
+class LocalSweep:
+    """A sweep's runs on this machine. `gpus`: one run at a time on each; [None]: one at a time on all there is."""
+
+    def __init__(self, sweep: Sweep, extra: list[str], gpus: list[str | None], folder: Path, stopping: Stopping):
+        self.sweep, self.extra, self.folder, self.stopping = sweep, extra, folder, stopping
+        self.places = gpus
+        self.free: queue.Queue[str | None] = queue.Queue()
+        for gpu in gpus:
+            self.free.put(gpu)
+        self.runs: list[SweptRun] = []
+
+    def carry_out(self, run: SweptRun, watch: Callable[[], bool] = lambda: False) -> None:
+        """Run or continue `run` on the next free place, unless it has finished before."""
+        gpu = self.free.get()
+        try:
+            if self.stopping.requested.is_set():
+                return
+            read_result(run)
+            label = ", ".join(f"{name}={show(value)}" for name, value in run.options.items())
+            if run.status == "finished":
+                print(f"{label}: finished before, kept", flush=True)
+                return
+            log = self.folder / f"{run.recipe.run_name}.log"
+            print(f"{label}: running, output in {log}", flush=True)
+            status = execute(run_command(self.sweep, run, self.extra, gpu), log, gpu, self.stopping, watch)
+            read_result(run)
+            if status is None:
+                run.status = "stopped early"
+            elif status != 0 or run.status != "finished":
+                run.status = "interrupted" if self.stopping.requested.is_set() else f"failed ({status})"
+            loss = f", validation {run.measures['ce_loss']:.4f}" if run.measures else ""
+            print(f"{label}: {run.status}{loss}", flush=True)
+        finally:
+            self.free.put(gpu)
+
+    def run_grid(self) -> None:
+        self.runs = plan_grid(self.sweep, self.extra)
+        with ThreadPoolExecutor(len(self.places)) as pool:
+            list(pool.map(self.carry_out, self.runs))
+
+    def run_search(self) -> None:
+        """Random or Bayesian search; the study's database in the sweep's folder remembers what was tried."""
+        study = open_study(self.sweep, self.folder)
+        self.lock = threading.Lock()
+        waiting = [trial for trial in study.trials if not trial.state.is_finished()]
+        for trial in study.trials:
+            if trial.state.is_finished():
+                run = plan_run(self.sweep, trial.params, self.extra)
+                run.status = trial.user_attrs["status"]
+                read_result(run)
+                self.runs.append(run)
+        tries = waiting + [None] * (self.sweep.run_cap - len(study.trials))
+        with ThreadPoolExecutor(len(self.places)) as pool:
+            list(pool.map(lambda trial: self.carry_out_trial(study, trial), tries))
+
+    def carry_out_trial(self, study, begun) -> None:
+        """One trial of a study: `begun` before and not finished, or None for a new one."""
+        import optuna
+
+        if self.stopping.requested.is_set():
+            return
+        with self.lock:
+            if begun is None:
+                space = {name: distribution(name, parameter) for name, parameter in self.sweep.searched.items()}
+                trial = study.ask(space)
+            else:
+                trial = optuna.trial.Trial(study, begun._trial_id)
+            run = plan_run(self.sweep, trial.params, self.extra)
+            self.runs.append(run)
+        reported = set(begun.intermediate_values) if begun is not None else set()
+
+        def report_validations() -> None:
+            for row in validation_rows(run.folder):
+                if row["step"] not in reported:
+                    reported.add(row["step"])
+                    trial.report(row["ce_loss"], row["step"])
+
+        def behind_the_others() -> bool:
+            report_validations()
+            return self.sweep.first_pruned_validation is not None and bool(reported) and trial.should_prune()
+
+        self.carry_out(run, behind_the_others)
+        report_validations()
+        if run.status in ("interrupted", "not started"):
+            return
+        trial.set_user_attr("status", run.status)
+        match run.status:
+            case "finished":
+                study.tell(trial, run.measures["ce_loss"])
+            case "stopped early":
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            case _:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+
+def plan_grid(sweep: Sweep, extra: list[str]) -> list[SweptRun]:
+    """All runs of a grid. Raises InputError, before any of them starts, with what is wrong with all of them."""
+    runs, problems = [], []
+    for options in grid(sweep):
+        try:
+            runs.append(plan_run(sweep, options, extra))
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise InputError("\n".join(dict.fromkeys(problems)))
+    folders = [run.folder for run in runs]
+    shared = {str(folder) for folder in folders if folders.count(folder) > 1}
+    if shared:
+        raise InputError(
+            f"{sweep.name}: several runs would write to {', '.join(sorted(shared))}; leave output_dir out"
+        )
+    return runs
+
+
+def open_study(sweep: Sweep, folder: Path):
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    pruner = optuna.pruners.NopPruner()
+    if sweep.first_pruned_validation is not None:
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=sweep.first_pruned_validation)
+    study = optuna.create_study(
+        storage=f"sqlite:///{folder / 'optuna.db'}",
+        study_name=sweep.name,
+        pruner=pruner,
+        direction="minimize",
+        load_if_exists=True,
+    )
+    # A continued search must not draw again what it has drawn.
+    sampler = {"random": optuna.samplers.RandomSampler, "bayes": optuna.samplers.TPESampler}[sweep.method]
+    study.sampler = sampler(seed=42 + len(study.trials))
+    return study
+
+
+def tabulate(sweep: Sweep, runs: list[SweptRun]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, in the order of the searched values."""
+    header = [*sweep.searched, *MEASURES, "minutes", "status"]
+    rows = []
+    for run in runs:
+        measures = [f"{run.measures[m]:.4f}" if m in run.measures and m != "step" else "" for m in MEASURES]
+        measures[0] = str(run.measures.get("step", ""))
+        minutes = "" if math.isnan(run.seconds) else f"{run.seconds / 60:.1f}"
+        rows.append([*(show(run.options[name]) for name in sweep.searched), *measures, minutes, run.status])
+    return header, rows
+
+
+def report(sweep: Sweep, runs: list[SweptRun], folder: Path) -> None:
+    """Print the table; write it as text, CSV and picture, and the best run's recipe."""
+    header, rows = tabulate(sweep, runs)
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    table = ["  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    print("", *table, sep="\n")
+    (folder / "table.txt").write_text("\n".join(table) + "\n", encoding="utf-8")
+    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+    finished = [run for run in runs if run.status == "finished" and run.measures]
+    if not finished:
+        return
+    best = min(finished, key=lambda run: run.measures["ce_loss"])
+    recipe = yaml.safe_load((best.folder / "recipe.yaml").read_text(encoding="utf-8"))
+    own = {name: value for name, value in recipe.items() if name not in ("run_name", "output_dir")}
+    chosen = ", ".join(f"{name}: {show(value)}" for name, value in best.options.items())
+    (folder / "best.yaml").write_text(
+        f"# The best of the sweep {sweep.name}: {chosen}; validation cross-entropy {best.measures['ce_loss']:.4f}\n"
+        + yaml.safe_dump(own, sort_keys=False, allow_unicode=True),
+        encoding="utf-8",
+    )
+    draw(sweep, finished, folder / "table.png")
+    print(f"\nBest: {chosen}; its recipe in {folder / 'best.yaml'}, the table in {folder}/table.{{txt,csv,png}}")
+
+
+def draw(sweep: Sweep, runs: list[SweptRun], file: Path) -> None:
+    """Validation cross-entropy, max-probability and entropy of the finished runs against each searched parameter."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    measures = {"ce_loss": "cross-entropy (nats)", "max_prob": "mean max-probability", "entropy": "entropy (nats)"}
+    names = list(sweep.searched)
+    figure, axes = plt.subplots(
+        len(names), len(measures), figsize=(4 * len(measures), 3.2 * len(names)), squeeze=False, layout="constrained"
+    )
+    for name, row in zip(names, axes, strict=True):
+        values = [run.options[name] for run in runs]
+        numeric = all(isinstance(value, (int, float)) for value in values)
+        order = sorted(range(len(runs)), key=lambda i: values[i]) if numeric else range(len(runs))
+        for axis, (measure, label) in zip(row, measures.items(), strict=True):
+            x = [values[i] if numeric else show(values[i]) for i in order]
+            axis.plot(x, [runs[i].measures[measure] for i in order], "o-" if len(names) == 1 and numeric else "o")
+            axis.set(xlabel=name, ylabel=label)
+            axis.grid(alpha=0.3)
+    figure.suptitle(f"{sweep.name}: validation")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="scripts/sweep.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("sweep", type=Path, help="a file in W&B's sweep format")
+    parser.add_argument("--gpus", default="", help="GPUs to use, one run on each: 0,1,2,3")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands, one a line, and stop")
+    parser.add_argument("--run_cap", type=int, help="runs of a random or Bayesian search; wins over the file")
+    options, extra = parser.parse_known_args(argv)
+    sweep = read_sweep(options.sweep, options.run_cap)
+    gpus = options.gpus.split(",") if options.gpus else [None]
+    if options.dry_run:
+        if sweep.method != "grid":
+            raise InputError(
+                f"{options.sweep}: the runs of a {sweep.method} search are not known before; --dry_run needs a grid"
+            )
+        for run in plan_grid(sweep, extra):
+            print(shlex.join(run_command(sweep, run, extra, gpus[0])))
+        return 0
+    folder = Path("runs/sweeps") / sweep.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with Stopping().listening() as stopping:
+        local = LocalSweep(sweep, extra, gpus, folder, stopping)
+        local.run_grid() if sweep.method == "grid" else local.run_search()
+    report(sweep, local.runs, folder)
+    if stopping.requested.is_set():
+        print("Interrupted; the same command continues.")
+        return 128 + signal.SIGINT
+    failed = [run for run in local.runs if run.status.startswith("failed")]
+    for run in failed:
+        print(f"failed: see {folder / run.recipe.run_name}.log", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except InputError as error:
+        exit_with(error)

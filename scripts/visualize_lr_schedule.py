@@ -1,0 +1,153 @@
+"""Draw learning rate schedules, in the terminal and as a PNG.
+
+python scripts/visualize_lr_schedule.py --warmup_steps 2000 --total_steps 1760 --max_lr 0.003
+python scripts/visualize_lr_schedule.py --recipe recipes/owt_512.yaml recipes/owt_2048.yaml --output schedules.png
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from clm_owt.plan import learning_rate_at
+from clm_owt.recipe import InputError, exit_with, load_recipe
+
+WIDTH, HEIGHT = 72, 12
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A warm-up and cosine decay, with the name it is shown by."""
+
+    name: str
+    peak: float
+    warmup_steps: int
+    total_steps: int
+    min_lr_ratio: float
+
+    def rate(self, step: int) -> float:
+        return learning_rate_at(step, self.peak, self.warmup_steps, self.total_steps, self.min_lr_ratio)
+
+    @property
+    def warmup_ends(self) -> bool:
+        return self.warmup_steps < self.total_steps
+
+    @property
+    def last_rate(self) -> float:
+        """Where it stops: at the floor, or on the way up."""
+        return self.rate(self.total_steps)
+
+    def describe(self) -> list[str]:
+        """What the picture marks, in words."""
+        total = self.total_steps
+        if not self.warmup_ends:
+            return [
+                f"{self.name}: the warm-up of {self.warmup_steps:,} steps never ends: after {total:,} steps the rate "
+                f"stops at {self.last_rate:.3g}, {total / self.warmup_steps:.0%} of its peak, and there is no decay.",
+                f"  Lower warmup_steps (1-2 % of this run are {max(1, round(0.01 * total)):,} to "
+                f"{max(1, round(0.02 * total)):,}) or train longer.",
+            ]
+        return [
+            f"{self.name}: peak {self.peak:g} at step {self.warmup_steps:,} ({self.warmup_steps / total:.1%} of "
+            f"{total:,}), floor {self.last_rate:.3g}"
+        ]
+
+    def terminal_curve(self) -> list[str]:
+        """The rate over the steps as lines of text; `|` marks the end of the warm-up, `.` the floor."""
+        steps = [self.total_steps * column // (WIDTH - 1) for column in range(WIDTH)]
+        heights = [round(self.rate(step) / self.peak * HEIGHT) for step in steps]
+        floor = round(self.min_lr_ratio * HEIGHT) if self.warmup_ends else None
+        warm = self.warmup_steps * (WIDTH - 1) // self.total_steps if self.warmup_ends else None
+        lines = []
+        for level in range(HEIGHT, -1, -1):
+            marks = ["|" if column == warm else "." if level == floor else " " for column in range(WIDTH)]
+            row = ["*" if height == level else mark for height, mark in zip(heights, marks, strict=True)]
+            label = {0: "0", HEIGHT: f"{self.peak:.3g}", floor: f"{self.last_rate:.3g}"}.get(level, "")
+            lines.append(f"{label:>9} {''.join(row).rstrip()}")
+        end = f"{self.total_steps:,} steps"
+        return [*lines, f"{'':>9} 0{end:>{WIDTH - 1}}"]
+
+
+def draw(schedules: list[Schedule], file: Path) -> None:
+    """A PNG with all schedules; dots mark where a warm-up ends and where a rate stops."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for schedule in schedules:
+        steps = sorted({schedule.total_steps * i // 500 for i in range(501)} | {schedule.warmup_steps})
+        steps = [step for step in steps if step <= schedule.total_steps]
+        (line,) = axes.plot(steps, [schedule.rate(step) for step in steps], label=schedule.name)
+        marks = [(schedule.total_steps, schedule.last_rate, f"{schedule.last_rate:.3g}")]
+        if schedule.warmup_ends:
+            marks.append(
+                (schedule.warmup_steps, schedule.peak, f"{schedule.peak:g} at step {schedule.warmup_steps:,}")
+            )
+        for step, rate, text in marks:
+            axes.plot(step, rate, "o", color=line.get_color())
+            axes.annotate(text, (step, rate), xytext=(4, 6), textcoords="offset points")
+    axes.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    axes.margins(x=0.12, y=0.12)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def read_arguments(argv: list[str]) -> tuple[list[Schedule], Path]:
+    """Raises InputError where something is missing."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/visualize_lr_schedule.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipe", nargs="+", default=[], help="recipes whose schedules to draw")
+    parser.add_argument("--max_lr", type=float, help="peak learning rate")
+    parser.add_argument("--warmup_steps", type=int)
+    parser.add_argument("--total_steps", type=int)
+    parser.add_argument("--min_lr_ratio", type=float, default=0.1, help="floor as a share of the peak (default: 0.1)")
+    parser.add_argument("--output", type=Path, default=Path("lr_schedule.png"), help="default: lr_schedule.png")
+    options = parser.parse_args(argv)
+    schedules = [from_recipe(path) for path in options.recipe]
+    numbers = {name: getattr(options, name) for name in ("max_lr", "warmup_steps", "total_steps")}
+    missing = [f"--{name}" for name, value in numbers.items() if value is None]
+    if missing and (len(missing) < len(numbers) or not schedules):
+        raise InputError(
+            f"{', '.join(missing)}: missing; give --max_lr, --warmup_steps and --total_steps, or --recipe"
+        )
+    if not missing:
+        if options.total_steps < 1 or options.warmup_steps < 0 or options.max_lr <= 0:
+            raise InputError("--total_steps: expected at least 1, --warmup_steps at least 0, --max_lr above 0")
+        name = f"{options.max_lr:g}, {options.warmup_steps:,} of {options.total_steps:,} steps"
+        schedules.append(
+            Schedule(name, options.max_lr, options.warmup_steps, options.total_steps, options.min_lr_ratio)
+        )
+    return schedules, options.output
+
+
+def from_recipe(path: str) -> Schedule:
+    recipe = load_recipe(["--recipe", path])
+    total_steps = recipe.total_steps()
+    if total_steps is None:
+        raise InputError(
+            f"{path}: the number of steps is not known before the data has been read; give its max_steps or "
+            "expected_train_blocks"
+        )
+    return Schedule(Path(path).stem, recipe.learning_rate, recipe.warmup_steps, total_steps, recipe.min_lr_ratio)
+
+
+def main(argv: list[str]) -> None:
+    schedules, output = read_arguments(argv)
+    for schedule in schedules:
+        print(*schedule.describe(), *schedule.terminal_curve(), "", sep="\n")
+    draw(schedules, output)
+    print(f"Drawn in {output}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        exit_with(error)

@@ -5,35 +5,32 @@ Only the main process writes or prints; on the others a `Tracker` does nothing.
 
 import json
 import math
-import os
 import sys
+import textwrap
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
+import psutil
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from clm_owt.checkpoint import TrainState
-from clm_owt.plan import Plan
+from clm_owt.curves import Curves
+from clm_owt.devices import find_device
+from clm_owt.metrics import last_steps, read_metrics
+from clm_owt.plan import Plan, flops_per_token
 from clm_owt.recipe import Recipe
-
-# Fields of a row that tell of time and machine: two runs of one recipe agree in all others.
-TIMING_FIELDS = ("tokens_per_second", "mfu", "step_seconds", "data_seconds", "elapsed_seconds")
-
-# Dense bf16 peaks in FLOP/s by a part of the device's name, as their makers publish them.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+from clm_owt.stopping import tell
+from clm_owt.trackers import Trackers
 
 
 def peak_flops(device_name: str) -> float | None:
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
-
-
-def flops_per_token(parameters: int, n_layer: int, n_embd: int, block_size: int) -> float:
-    """Of forward and backward: 6·N + 12·L·D·T (PaLM, appendix B: the products with weights, and attention)."""
-    return 6 * parameters + 12 * n_layer * n_embd * block_size
+    """Of the devices that are known, in FLOP/s."""
+    device = find_device(device_name)
+    return device and device.peak_flops
 
 
 class Throughput:
@@ -74,18 +71,55 @@ class Throughput:
         return fields
 
 
+class Journal:
+    """A text file that grows by whole pieces. What the disk has no room for waits in memory, and is tried again with
+    the next piece and at the end."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]):
+        self.path = path
+        self._say = say
+        self._waiting = b""
+
+    def write(self, piece: str) -> None:
+        told = bool(self._waiting)
+        self._waiting += piece.encode()
+        error = self.flush()
+        if error and not told:
+            self._say(f"{self.path} cannot be written ({error.strerror}): its new lines wait in memory")
+
+    def flush(self) -> OSError | None:
+        """Append all that waits, or nothing; gives the error that was in the way."""
+        if not self._waiting:
+            return None
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    left = memoryview(self._waiting)
+                    while left:
+                        left = left[file.write(left) :]
+                except OSError:
+                    file.truncate(size)
+                    raise
+        except OSError as error:
+            return error
+        self._waiting = b""
+        return None
+
+
 class Tracker:
     """The main process's voice: rows to metrics.jsonl and the trackers, lines and progress to the terminal."""
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, total_steps: int):
-        self._recipe = recipe
-        self._accelerator = accelerator
         self._total_steps = total_steps
         self.folder = Path(recipe.output_dir)
         self._is_main = accelerator.is_main_process
-        self._metrics = None
+        self._metrics: Journal | None = None
+        self._samples: Journal | None = None
         self._progress: tqdm | None = None
-        self._report_to = bool(recipe.report_to)
+        self._trackers = Trackers(recipe, self.say)
+        self._curves = Curves(self.folder, self.say)
+        self._best_loss = math.inf
         self._first_step = 0
         self._started = time.monotonic()
 
@@ -100,29 +134,22 @@ class Tracker:
         if not self._is_main:
             return
         self._first_step = state.step
-        cut_back_metrics(self.folder / "metrics.jsonl", state)
-        cut_back_samples(self.folder / "samples.md", state)
-        self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        if state.best_validation_loss is not None:
+            self._best_loss = state.best_validation_loss
         if sys.stderr.isatty():
             self._progress = tqdm(total=self._total_steps, initial=state.step, unit="step", dynamic_ncols=True)
+        metrics, samples = self.folder / "metrics.jsonl", self.folder / "samples.md"
+        self._trackers.start(state, config, last_steps(self.folder))
+        cut_back_metrics(metrics, state)
+        cut_back_samples(samples, state)
+        self._metrics, self._samples = Journal(metrics, self.say), Journal(samples, self.say)
         self._started = time.monotonic()
-        if self._report_to:
-            self._start_trackers(state, config)
-
-    def _start_trackers(self, state: TrainState, config: dict[str, object]) -> None:
-        options = {}
-        if "wandb" in self._recipe.report_to:
-            run_id = state.tracker_ids.setdefault("wandb", os.urandom(4).hex())
-            options["wandb"] = {"name": self._recipe.run_name, "id": run_id, "resume": "allow"}
-        # TensorBoard takes numbers and texts only.
-        flat = {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in config.items()}
-        self._accelerator.init_trackers(self._recipe.wandb_project, config=flat, init_kwargs=options)
 
     def say(self, *lines: str) -> None:
         """Print lines above the progress line."""
         if self._is_main:
             for line in lines:
-                tqdm.write(line) if self._progress else print(line, flush=True)
+                tqdm.write(line) if self._progress else tell(line)
 
     def train_row(self, row: dict[str, object]) -> None:
         """A row of the training split; shows it in the progress line (a printed line where there is no terminal)."""
@@ -130,7 +157,13 @@ class Tracker:
             return
         self._write("train", row)
         rate = f"{row['tokens_per_second']:,.0f} tokens/s"
-        parts = [f"loss {row['loss']:.4f}", f"lr {row['learning_rate']:.3g}", rate]
+        parts = [
+            f"loss {row['loss']:.4f}",
+            f"lr {row['learning_rate']:.3g}",
+            f"gradient norm {row['grad_norm']:.3g}",
+            rate,
+            f"{memory_used() / 1e9:.1f} GB",
+        ]
         if self._progress:
             self._progress.set_postfix_str(", ".join(parts))
         else:
@@ -144,14 +177,18 @@ class Tracker:
     def validation_row(self, row: dict[str, object]) -> None:
         if self._is_main:
             self._write("validation", row)
+            self._best_loss = min(self._best_loss, row["loss"])
+            self._trackers.summarize(self._best_loss)
+            self._curves.redraw()
 
     def samples(self, step: int, prompts: Sequence[str], continuations: Sequence[str]) -> None:
         if not self._is_main:
             return
-        with (self.folder / "samples.md").open("a", encoding="utf-8") as file:
-            file.write(f"## Step {step}\n\n")
-            for prompt, text in zip(prompts, continuations, strict=True):
-                file.write(f"**{prompt}**{text}\n\n")
+        pairs = list(zip(prompts, continuations, strict=True))
+        self._samples.write("".join([f"## Step {step}\n\n", *(f"**{prompt}**{text}\n\n" for prompt, text in pairs)]))
+        for prompt, text in pairs:
+            self.say(textwrap.shorten(f"  sample: {prompt}{text}", width=160, placeholder=" ..."))
+        self._trackers.samples(step, prompts, continuations)
 
     def _seconds_left(self, step: int) -> float:
         done = step - self._first_step
@@ -160,28 +197,32 @@ class Tracker:
     def _write(self, split: str, row: dict[str, object]) -> None:
         step = row["step"]
         self._metrics.write(json.dumps({"step": step, "split": split, **row}) + "\n")
-        self._metrics.flush()
-        if self._report_to:
-            values = {f"{split}/{name}": value for name, value in row.items() if name != "step" and value is not None}
-            self._accelerator.log(values, step=step)
+        self._trackers.row(split, row)
+
+    def unwritten(self) -> list[str]:
+        """What of the run's files cannot be written, on another try, and why."""
+        problems = []
+        for journal in filter(None, (self._metrics, self._samples)):
+            error = journal.flush()
+            if error:
+                problems.append(f"{journal.path} lacks its last lines ({error.strerror})")
+        return problems
 
     def close(self) -> None:
-        if self._metrics:
-            self._metrics.close()
+        """Close the files and the trackers, the curves drawn to the end. May be called twice."""
+        self._curves.finish()
+        for problem in self.unwritten():
+            self.say(problem)
         if self._progress:
             self._progress.close()
-        if self._report_to:
-            self._accelerator.end_training()
+        self._trackers.finish()
 
 
-def read_metrics(path: Path) -> list[dict[str, object]]:
-    """The rows of a metrics.jsonl; a torn last line, from a kill during its writing, is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                rows.append(json.loads(line))
-    return rows
+def memory_used() -> int:
+    """Bytes in use: at most, by tensors, since the start on a GPU; by this process now elsewhere."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss
 
 
 def cut_back_metrics(path: Path, state: TrainState) -> None:

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from clm_owt.checkpoint import TrainState
+from clm_owt.metrics import read_metrics
 from clm_owt.tracking import (
     Throughput,
     clock,
@@ -10,7 +11,6 @@ from clm_owt.tracking import (
     cut_back_samples,
     flops_per_token,
     peak_flops,
-    read_metrics,
 )
 
 

@@ -1,0 +1,291 @@
+"""Sharing a run on the Hugging Face Hub: uploads in the background, which never stop or change the training.
+
+What is uploaded is first laid out in a folder of its own, `<run>/hub/step-00000500/`, and removed when it has arrived;
+one that has not arrived stays, for `scripts/push.py <run>`.
+"""
+
+import copy
+import json
+import math
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx2
+import huggingface_hub
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils._http import default_client_factory
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from clm_owt.machine import Processes
+from clm_owt.metrics import read_metrics
+from clm_owt.model_card import model_card
+from clm_owt.modeling import GPT2ForPretraining
+from clm_owt.recipe import InputError, Recipe
+from clm_owt.stopping import StopRequest
+
+SECONDS_BETWEEN_COMMITS = 300.0
+# Before the second and the third attempt, beside the few seconds for which the client itself repeats some requests.
+RETRY_PAUSES = (10.0, 30.0)
+# The client of huggingface_hub waits for ever by default. Between two signs of life, not for a whole upload.
+SECONDS_OF_SILENCE = 60.0
+
+CARRIED_FILES = ("recipe.yaml", "plan.json", "training_curves.png", "samples.md")
+
+
+def prepare_client() -> None:
+    """Give the client of huggingface_hub a time limit, and keep its retries and progress bars from the terminal."""
+
+    def client() -> httpx2.Client:
+        client = default_client_factory()
+        client.timeout = httpx2.Timeout(SECONDS_OF_SILENCE, connect=min(10.0, SECONDS_OF_SILENCE))
+        return client
+
+    huggingface_hub.set_client_factory(client)
+    huggingface_hub.utils.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()
+
+
+def check_repository(recipe: Recipe) -> list[str]:
+    """With `push_to_hub`, create the repository if there is none, and check that this user may write to it.
+
+    Gives what is to be said: a line where the server cannot be reached. Raises InputError for what will not pass by
+    itself: a rejected token, a missing right, an impossible name.
+    """
+    repo_id = recipe.hub_model_id
+    if not recipe.push_to_hub:
+        return []
+    prepare_client()
+    try:
+        ensure_repository(HfApi(), repo_id, recipe.hub_private_repo)
+    except Exception as error:
+        if will_not_pass(error):
+            raise InputError(f"hub_model_id: {repo_id}: {explain(error)}; or set push_to_hub: false") from error
+        return [f"The Hub cannot be asked about {repo_id} ({explain(error)}): the run goes on, and uploads later"]
+    return []
+
+
+def ensure_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
+    """The full id of the repository, which exists and may be written to."""
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    api.auth_check(repo_id, write=True)  # a 409 of the creation says nothing of the right to write
+    return repo_id
+
+
+def will_not_pass(error: Exception) -> bool:
+    """Whether repeating the request cannot help: a client's error, but not a conflict, a time-out or a full quota."""
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        return 400 <= status < 500 and status not in (408, 409, 412, 423, 425, 429)
+    return not isinstance(error, (httpx2.HTTPError, OSError))
+
+
+def explain(error: Exception) -> str:
+    """An error in one line, with what to do where the user can do something."""
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        said = error.server_message or error.response.reason_phrase or type(error).__name__
+        advice = {
+            401: "not logged in, or the token is rejected; `hf auth login`, or a valid token in HF_TOKEN",
+            403: "this token may not write there; use a token with write access, or a repository of your own",
+            404: "there is no such repository that this token may see; check the name and the token",
+        }
+        return f"{status} {' '.join(said.split())}" + (f": {advice[status]}" if status in advice else "")
+    if isinstance(error, HFValidationError):
+        return f"no valid repository id; expected name or user/name ({' '.join(str(error).split())})"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(": ")
+
+
+def stage(run: Path, step: int, write_model: Callable[[Path], None]) -> Path:
+    """Lay out what the repository is to hold after `step`, rows of later steps left out; the card is written when the
+    repository's full name is known."""
+    folder = run / "hub" / f"step-{step:08d}"
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.parent.mkdir(exist_ok=True)
+    write_model(aside)
+    for name in CARRIED_FILES:
+        if (run / name).exists():
+            shutil.copy(run / name, aside / name)
+    rows = [json.dumps(row) + "\n" for row in read_metrics(run / "metrics.jsonl") if row["step"] <= step]
+    (aside / "metrics.jsonl").write_text("".join(rows), encoding="utf-8")
+    aside.rename(folder)
+    return folder
+
+
+def upload(folder: Path, repo_id: str, private: bool | None) -> str:
+    """Upload a staged folder as one commit, and mark it with a tag of the step's name. Gives the commit's URL.
+
+    What is there already is not sent again, so that it may be repeated after any failure.
+    """
+    api = HfApi()
+    repo_id = ensure_repository(api, repo_id, private)
+    step = int(folder.name.removeprefix("step-"))
+    (folder / "README.md").write_text(str(model_card(folder, repo_id, step)), encoding="utf-8")
+    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Step {step:,}")
+    try:
+        api.create_tag(repo_id, tag=folder.name, revision=commit.oid)
+    except HfHubHTTPError as error:
+        if error.response.status_code != 409:
+            raise
+        api.delete_tag(repo_id, tag=folder.name)  # of an earlier run, or of an attempt whose answer was lost
+        api.create_tag(repo_id, tag=folder.name, revision=commit.oid)
+    return str(commit.commit_url)
+
+
+def push(run: Path, repo_id: str | None, private: bool | None) -> str:
+    """Upload a finished run, or the last upload of an unfinished one that did not arrive, now and once; gives the URL.
+
+    Raises InputError where there is nothing to upload or no right to; other errors as they come.
+    """
+    if not (run / "recipe.yaml").exists():
+        raise InputError(f"{run} is no run's folder: it has no recipe.yaml")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    repo_id = repo_id or recipe["hub_model_id"]
+    if not repo_id:
+        raise InputError(f"{run}: its recipe has no hub_model_id; give one: --hub_model_id me/gpt2-owt")
+    private = recipe["hub_private_repo"] if private is None else private
+    prepare_client()
+    staged = sorted(path for path in (run / "hub").glob("step-*") if not path.name.endswith(".partial"))
+    if (run / "model").exists():
+        steps = json.loads((run / "plan.json").read_text(encoding="utf-8"))["total_steps"]
+        folder = stage(run, steps, lambda aside: shutil.copytree(run / "model", aside))
+    elif staged:
+        folder = staged[-1]
+    else:
+        raise InputError(
+            f"{run} has nothing to upload yet; continue the run to its end with the command it began with"
+        )
+    try:
+        url = upload(folder, repo_id, private)
+    except Exception as error:
+        if will_not_pass(error):
+            raise InputError(f"{repo_id}: {explain(error)}") from error
+        raise
+    shutil.rmtree(run / "hub")
+    return url
+
+
+class HubUploads:
+    """The uploads of a run, one at a time; a newer one replaces one that waits. Without `push_to_hub`, and on all
+    processes but the main one, it does nothing."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: GPT2ForPretraining,
+        tokenizer: PreTrainedTokenizerBase,
+        total_steps: int,
+        processes: Processes,
+        say: Callable[..., None],
+    ):
+        self._recipe = recipe
+        self._total_steps = total_steps
+        self._run = Path(recipe.output_dir)
+        self._say = say
+        self._active = recipe.push_to_hub and processes.rank == 0
+        if not self._active:
+            return
+        self._model = model
+        self._tokenizer = copy.deepcopy(tokenizer)  # a tokenizer must not be used by two threads at once
+        shutil.rmtree(self._run / "hub", ignore_errors=True)  # of an earlier session; newer ones follow
+        self._changed = threading.Condition()
+        self._waiting: Path | None = None
+        self._closed = False
+        # A daemon, since nothing may keep a stopped run from ending.
+        self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
+        self._thread.start()
+
+    def saved(self, checkpoint: Path) -> None:
+        """Upload a checkpoint that was just written, where the recipe says so. Called beside the training, by the
+        thread that writes checkpoints; what goes wrong is told and left."""
+        step = int(checkpoint.name.removeprefix("step-"))
+        if not self._active or self._recipe.hub_strategy != "every_save" or step == self._total_steps:
+            return
+        try:
+            weights = load_file(checkpoint / "model.safetensors")
+            self._offer(step, lambda aside: self._write_model(aside, weights))
+        except Exception as error:
+            self._say(f"Step {step:,} could not be prepared for the Hub: {explain(error)}")
+
+    def finish(self, stop: StopRequest) -> None:
+        """Upload the finished run, and wait for it. Raises Stopped when told to stop meanwhile."""
+        if not self._active:
+            return
+        self._offer(self._total_steps, lambda aside: shutil.copytree(self._run / "model", aside))
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._say(f"Uploading to {self._recipe.hub_model_id}")
+        while self._thread.is_alive():
+            self._thread.join(timeout=0.2)
+            stop.check()
+
+    def _write_model(self, folder: Path, weights: dict) -> None:
+        self._model.save_pretrained(folder, state_dict=weights)
+        self._tokenizer.save_pretrained(folder)
+
+    def _offer(self, step: int, write_model: Callable[[Path], None]) -> None:
+        folder = stage(self._run, step, write_model)
+        with self._changed:
+            if self._waiting is not None:
+                shutil.rmtree(self._waiting)
+            self._waiting = folder
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        not_before = -math.inf
+        while (folder := self._next(not_before)) is not None:
+            if self._deliver(folder):
+                not_before = time.monotonic() + SECONDS_BETWEEN_COMMITS
+
+    def _next(self, not_before: float) -> Path | None:
+        """The newest folder that waits, when the time has come; None when there will be no more."""
+        with self._changed:
+            while True:
+                left = not_before - time.monotonic()
+                if self._waiting is None:
+                    if self._closed:
+                        return None
+                    self._changed.wait()
+                elif left > 0:
+                    if self._closed and left > 5:
+                        self._say(
+                            f"The last upload begins in {left:.0f} s: one commit in {SECONDS_BETWEEN_COMMITS:.0f} s"
+                        )
+                    self._changed.wait(left)
+                else:
+                    folder, self._waiting = self._waiting, None
+                    return folder
+
+    def _deliver(self, folder: Path) -> bool:
+        """Upload, and again after growing pauses, until it has arrived, cannot, or a newer one waits."""
+        step = int(folder.name.removeprefix("step-"))
+        repo_id = self._recipe.hub_model_id
+        pauses = iter(RETRY_PAUSES)
+        while True:
+            try:
+                upload(folder, repo_id, self._recipe.hub_private_repo)
+            except Exception as error:
+                pause = None if will_not_pass(error) else next(pauses, None)
+                if pause is None:
+                    self._say(
+                        f"Step {step:,} was not uploaded to {repo_id}: {explain(error)}; "
+                        f"to repeat it: python scripts/push.py {self._run}"
+                    )
+                    return False
+                with self._changed:
+                    replaced = self._changed.wait_for(lambda: self._waiting is not None, pause)
+                if replaced:
+                    shutil.rmtree(folder)
+                    return False
+            else:
+                shutil.rmtree(folder)
+                self._say(f"Uploaded step {step:,} to {repo_id}, revision {folder.name}")
+                return True

@@ -1,0 +1,68 @@
+"""Loss and perplexity of a trained model on any text, or on a recipe's validation set; and zero-shot tasks.
+
+python scripts/evaluate_model.py --model runs/quickstart/model --recipe runs/quickstart/recipe.yaml
+python scripts/evaluate_model.py --model openai-community/gpt2 --text book.txt --stride 512
+python scripts/evaluate_model.py --model runs/owt_512/model --tasks lambada_openai hellaswag wikitext piqa
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from clm_owt.recipe import InputError, exit_with
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="FOLDER_OR_HUB_ID")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub, such as step-00002000")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="text files, each one document")
+    what.add_argument("--recipe", metavar="FILE", help="the validation set of this recipe (also a run's recipe.yaml)")
+    what.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness (extra [eval])")
+    parser.add_argument("--stride", type=int, help="predict so many tokens of each window, the others are context")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows, or requests, at a time")
+    parser.add_argument("--task_folder", type=Path, help="task definitions (YAML) of your own, beside the built-in")
+    parser.add_argument("--limit", type=int, help="examples of each task; default: all")
+    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    options = parser.parse_args(argv)
+    if options.stride is not None and options.stride < 1:
+        parser.error(f"--stride: {options.stride} does not work; expected at least 1")
+    try:
+        result = run(options)
+    except InputError as error:
+        exit_with(error)
+    if options.json:
+        print(json.dumps(result))
+
+
+def run(options: argparse.Namespace) -> dict[str, object]:
+    # Imported here, so that a wrong option is reported without waiting for torch.
+    import transformers
+
+    from clm_owt import zero_shot
+    from clm_owt.sampling import load
+    from clm_owt.windows import evaluate_windows, recipe_windows, text_windows
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    say = (lambda *lines: None) if options.json else (lambda *lines: print(*lines, sep="\n", flush=True))
+    model, tokenizer = load(options.model, options.revision)
+    if options.tasks:
+        results = zero_shot.evaluate_tasks(
+            model, tokenizer, options.tasks, options.task_folder, options.batch_size, options.limit
+        )
+        say(*zero_shot.describe(results))
+        return results
+    if options.recipe:
+        windows = recipe_windows(options.recipe, tokenizer, model.config.n_positions, options.stride)
+    else:
+        windows = text_windows(options.text, tokenizer, model.config.n_positions, options.stride)
+    result = evaluate_windows(model, windows, options.batch_size)
+    say(f"loss {result['loss']:.6f}  perplexity {result['perplexity']:,.4f}  predicted tokens {result['n_tokens']:,}")
+    return result
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

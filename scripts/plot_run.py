@@ -1,0 +1,44 @@
+"""Draw one run, or several over each other: as PNG or SVG, or as one HTML page with curves, samples and recipes.
+
+python scripts/plot_run.py runs/quickstart
+python scripts/plot_run.py runs/owt_512 runs/owt_512,penalty_weight=0.01 --output penalty.html
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from clm_owt.curves import save_picture
+from clm_owt.metrics import RunRecord
+from clm_owt.recipe import InputError, exit_with
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("--output", type=Path, default=Path("curves.html"), help=".png, .svg or .html (curves.html)")
+    options = parser.parse_args(argv)
+    try:
+        plot(options.runs, options.output)
+    except InputError as error:
+        exit_with(error)
+    print(f"Drawn: {options.output}")
+
+
+def plot(folders: list[Path], output: Path) -> None:
+    if output.suffix not in (".png", ".svg", ".html"):
+        raise InputError(f"--output: {output} does not work; expected a name that ends in .png, .svg or .html")
+    runs = [RunRecord.read(folder) for folder in folders]
+    if output.suffix != ".html":
+        return save_picture(runs, output)
+    try:
+        from clm_owt.page import write_page
+
+        page = write_page(runs)
+    except ModuleNotFoundError as error:
+        raise InputError(f"--output: HTML needs {error.name}; pip install 'clm_owt[plot]', or draw a .png") from error
+    output.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

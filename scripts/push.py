@@ -1,0 +1,29 @@
+"""Upload a run to the Hugging Face Hub: one that was not pushed, or whose upload failed.
+
+python scripts/push.py runs/owt_512 --hub_model_id me/gpt2-owt
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from clm_owt.hub import explain, push
+from clm_owt.recipe import InputError, exit_with
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("--hub_model_id", help="repository to upload to (default: the recipe's)")
+    parser.add_argument("--private", action="store_const", const=True, help="create the repository as private")
+    options = parser.parse_args(argv)
+    try:
+        print(f"Uploaded {options.run}: {push(options.run, options.hub_model_id, options.private)}")
+    except InputError as error:
+        exit_with(error)
+    except Exception as error:
+        sys.exit(f"error: {options.run} was not uploaded: {explain(error)}; the same command repeats it")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

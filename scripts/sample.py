@@ -1,0 +1,88 @@
+"""Continue prompts with a trained model, token by token on the terminal or as JSON.
+
+python scripts/sample.py --model runs/owt_512/model --prompt "The quick brown fox" --count 3
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from clm_owt.recipe import GUIDE_PROMPTS, InputError, exit_with
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    try:
+        sample_all(options)
+    except InputError as error:
+        exit_with(error)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--model", required=True, metavar="FOLDER_OR_HUB_ID")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub, such as step-00002000")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompts_file", type=Path, help="a prompt a line")
+    parser.add_argument("--count", type=int, default=1, help="continuations of each prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=100)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top_p", type=float, default=0.9, help="nucleus; 1 leaves all tokens")
+    parser.add_argument("--top_k", type=int, default=0, help="the k likeliest tokens only; 0 leaves all")
+    parser.add_argument("--seed", type=int, default=42, help="of the first continuation; the next ones count on")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line: prompt, text, seed")
+    options = parser.parse_args(argv)
+    for name, holds, expected in (
+        ("count", options.count >= 1, "at least 1"),
+        ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
+        ("temperature", options.temperature > 0, "greater than 0"),
+        ("top_p", 0 < options.top_p <= 1, "in (0, 1]"),
+        ("top_k", options.top_k >= 0, "at least 0"),
+    ):
+        if not holds:
+            parser.error(f"--{name}: {getattr(options, name)} does not work; expected {expected}")
+    return options
+
+
+def sample_all(options: argparse.Namespace) -> None:
+    prompts = list(options.prompt)
+    if options.prompts_file is not None:
+        try:
+            prompts += options.prompts_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--prompts_file: {options.prompts_file} cannot be read: {error}") from error
+
+    # Imported here, so that a wrong option is reported without waiting for torch.
+    import transformers
+    from transformers import TextStreamer
+
+    from clm_owt.sampling import load, sample
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model, tokenizer = load(options.model, options.revision)
+    streamer = None if options.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    for prompt in prompts or GUIDE_PROMPTS:
+        for seed in range(options.seed, options.seed + options.count):
+            if not options.json:
+                print(prompt, end="", flush=True)
+            (text,) = sample(
+                model,
+                tokenizer,
+                [prompt],
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                top_k=options.top_k,
+                seed=seed,
+                streamer=streamer,
+            )
+            print(
+                json.dumps({"prompt": prompt, "text": text, "seed": seed}, ensure_ascii=False) if options.json else ""
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test test-slow lint format clean
+.PHONY: quickstart test test-slow test-faults test-browser test-tasks lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml run_clm_owt.py --recipe recipes/quickstart.yaml
@@ -16,7 +16,21 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-slow: $(VENV)/.installed-test
+	$(PIP_INSTALL) --editable '.[test,fp8]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
+
+# Pages opened in a real browser: needs chromium (Debian, Ubuntu: apt install chromium).
+test-browser: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m browser
+
+# Zero-shot tasks on local data, with lm-evaluation-harness.
+test-tasks: $(VENV)/.installed-test
+	$(PIP_INSTALL) --editable '.[test,eval]'
+	$(BIN)/python -m pytest -m tasks
+
+# Faults on real processes by the hundred; prints the table of the README.
+test-faults: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m faults -s tests/test_faults.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -40,4 +54,6 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-test: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[test]'
+	# W&B's own schema of sweeps is in this package, which is not imported: it needs an older numpy.
+	$(PIP_INSTALL) --no-deps sweeps
 	@touch $@ $(VENV)/.installed

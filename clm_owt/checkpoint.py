@@ -12,10 +12,11 @@ Nothing is pickled. A folder without a marker that fits its files is no checkpoi
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,11 +26,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from clm_owt.fp8 import relaid
 from clm_owt.machine import Processes
 from clm_owt.recipe import InputError
+from clm_owt.stopping import tell
 
 MARKER = "complete.json"
 PARTIAL = ".partial"
+LEAVING = ".old" + PARTIAL
 
 
 @dataclass
@@ -42,7 +46,9 @@ class TrainState:
     micro_batch: int = 0
     validated_step: int = -1  # the last step after which was validated, and sampled
     sampled_step: int = -1
+    validation_loss: float | None = None  # of `validated_step`
     best_validation_loss: float | None = None
+    not_finite_in_a_row: int = 0  # the last steps, whose loss or gradient was not finite
     elapsed_seconds: float = 0.0  # of training, validation and all else, over all sessions of the run
     tracker_ids: dict[str, str] = field(default_factory=dict)
     recent_losses: list[float] = field(default_factory=list)  # what skip_outliers judges by
@@ -51,7 +57,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A checkpoint's contents in host memory. The tensors are empty on all processes but the main one."""
+    """A checkpoint's contents in host memory, on the main process."""
 
     state: dict[str, object]
     model: dict[str, torch.Tensor]
@@ -61,8 +67,8 @@ class Snapshot:
 
 def take_snapshot(
     state: TrainState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, processes: Processes
-) -> Snapshot:
-    """Copy a run's state to host memory. Collective: every process calls it."""
+) -> Snapshot | None:
+    """Copy a run's state to host memory. Collective: every process calls it; all but the main one get None."""
     is_main = processes.rank == 0
     parameters = dict(model.named_parameters())
     moments = {
@@ -70,12 +76,13 @@ def take_snapshot(
         for name, parameter in parameters.items()
         for moment, value in optimizer.state.get(parameter, {}).items()
     }
-    return Snapshot(
+    snapshot = Snapshot(
         asdict(state),
-        copy_to_host(parameters, keep=is_main),
-        copy_to_host(moments, keep=is_main),
+        relaid(model, copy_to_host(parameters, keep=is_main)),
+        relaid(model, copy_to_host(moments, keep=is_main)),
         processes.gather(random_state()),
     )
+    return snapshot if is_main else None
 
 
 def copy_to_host(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
@@ -93,14 +100,14 @@ def restore(
 ) -> TrainState:
     """Load a checkpoint into a fresh model and optimizer, and set this process's random states."""
     parameters = dict(model.named_parameters())
-    weights = load_file(folder / "model.safetensors")
+    weights = relaid(model, load_file(folder / "model.safetensors"))
     if weights.keys() != parameters.keys():
         different = sorted(weights.keys() ^ parameters.keys())[0]
         raise InputError(f"{folder}: its model differs from the recipe's, at {different}; use another output_dir")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(placed_like(weights[name], parameter))
-    for name, value in load_file(folder / "optimizer.safetensors").items():
+    for name, value in relaid(model, load_file(folder / "optimizer.safetensors")).items():
         parameter_name, moment = name.rsplit("/", 1)
         parameter = parameters[parameter_name]
         # The step count is a scalar; it lies beside the moments as the fused kernel wants it.
@@ -143,51 +150,89 @@ def set_random_state(saved: dict[str, list]) -> None:
 
 
 class CheckpointWriter:
-    """Writes snapshots in the background, one at a time, on the main process."""
+    """Writes snapshots in the background, one at a time, on the main process.
 
-    def __init__(self, folder: Path, total_limit: int):
+    A write that fails is told at once, leaves older checkpoints as they were, and is counted; what follows from it is
+    the caller's to decide.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        total_limit: int,
+        on_written: Callable[[Path], None] = lambda checkpoint: None,
+        say: Callable[[str], None] = tell,
+    ):
         self.folder = folder
         self.total_limit = total_limit
+        self.saved_step: int | None = None  # the last that was written whole
+        self.failed_in_a_row = 0
+        self._on_written = on_written  # is called in the background, before the checkpoint can be pruned
+        self._say = say
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[Path] | None = None
+        self._pending: Future[None] | None = None
 
-    def write(self, snapshot: Snapshot) -> None:
-        """Start writing; waits for the write before, and raises its error."""
+    def write(self, snapshot: Snapshot | None) -> None:
+        """Start writing, if there is a snapshot; waits for the write before."""
         self.wait()
-        self._pending = self._executor.submit(self._write, snapshot)
+        if snapshot is not None:
+            self._pending = self._executor.submit(self._write, snapshot)
 
     def wait(self) -> None:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _write(self, snapshot: Snapshot) -> Path:
-        path = write_snapshot(snapshot, self.folder)
-        prune(self.folder, self.total_limit)
-        return path
+    def _write(self, snapshot: Snapshot) -> None:
+        step = snapshot.state["step"]
+        try:
+            path = write_snapshot(snapshot, self.folder)
+        except Exception as error:  # OSError, or safetensors' own kind
+            self.failed_in_a_row += 1
+            self._say(f"Step {step:,} could not be saved ({error}); the checkpoints before it are as they were")
+            return
+        self.saved_step, self.failed_in_a_row = step, 0
+        self._on_written(path)
+        try:
+            prune(self.folder, self.total_limit)
+        except OSError as error:
+            self._say(f"Older checkpoints could not be removed ({error})")
 
 
 def write_snapshot(snapshot: Snapshot, folder: Path) -> Path:
     """Write one checkpoint below `folder`; it has its name only once it is whole and on disk."""
     final = folder / f"step-{snapshot.state['step']:08d}"
     aside = final.with_name(final.name + PARTIAL)
+    folder.mkdir(exist_ok=True)  # not its parents: a run's folder that is gone was on a disk that is gone
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file(snapshot.model, aside / "model.safetensors")
-    save_file(snapshot.optimizer, aside / "optimizer.safetensors")
-    (aside / "random_states.json").write_text(json.dumps(snapshot.random_states))
-    (aside / "state.json").write_text(json.dumps(snapshot.state, indent=2))
-    listing = {file.name: fingerprint(file) for file in sorted(aside.iterdir())}
-    for name in listing:
-        flush_to_disk(aside / name)
-    (aside / MARKER).write_text(json.dumps({"files": listing}, indent=2))
-    flush_to_disk(aside / MARKER)
-    flush_to_disk(aside)
-    if final.exists():  # the same step, from before a resumption further back, or damaged
-        shutil.rmtree(final)
+    aside.mkdir()
+    try:
+        save_file(snapshot.model, aside / "model.safetensors")
+        save_file(snapshot.optimizer, aside / "optimizer.safetensors")
+        (aside / "random_states.json").write_text(json.dumps(snapshot.random_states))
+        (aside / "state.json").write_text(json.dumps(snapshot.state, indent=2))
+        listing = {file.name: fingerprint(file) for file in sorted(aside.iterdir())}
+        for name in listing:
+            flush_to_disk(aside / name)
+        (aside / MARKER).write_text(json.dumps({"files": listing}, indent=2))
+        flush_to_disk(aside / MARKER)
+        flush_to_disk(aside)
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)  # on a full disk its place is wanted
+        raise
+    if final.exists():  # the same step, from before a resumption further back
+        remove(final)
     aside.rename(final)
     flush_to_disk(folder)
     return final
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, which has lost its name before its first file goes."""
+    leaving = checkpoint.with_name(checkpoint.name + LEAVING)
+    shutil.rmtree(leaving, ignore_errors=True)
+    checkpoint.rename(leaving)
+    shutil.rmtree(leaving)
 
 
 def fingerprint(file: Path) -> dict[str, object]:
@@ -205,13 +250,41 @@ def flush_to_disk(path: Path) -> None:
 
 
 def prune(folder: Path, total_limit: int) -> None:
-    for old in checkpoints(folder)[total_limit:]:
-        shutil.rmtree(old)
+    """Remove all checkpoints but the newest `total_limit` and the best besides, and what unfinished saves have left.
+
+    For the one that writes them, after a write: nothing that ends in PARTIAL is in use then.
+    """
+    everything = checkpoints(folder)
+    best = min(everything, key=validation_loss)
+    for old in everything[total_limit:]:
+        if old != best:
+            remove(old)
+    for leftover in folder.glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(leftover)
+
+
+def validation_loss(checkpoint: Path) -> float:
+    """The last validation loss at or before a checkpoint; infinite where there is none."""
+    try:
+        loss = json.loads((checkpoint / "state.json").read_text())["validation_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf
+    return math.inf if loss is None or math.isnan(loss) else loss
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints below `folder`, newest first, whole or not."""
     return sorted((p for p in folder.glob("step-*") if not p.name.endswith(PARTIAL)), reverse=True)
+
+
+def set_aside_newer(folder: Path, checkpoint: Path) -> None:
+    """Take their names from the checkpoints below `folder` that are newer than the one a run continues from: they are
+    damaged, or of a course that is left. They stay until the next save is whole."""
+    for newer in checkpoints(folder):
+        if newer.name > checkpoint.name:
+            aside = newer.with_name(newer.name + PARTIAL)
+            shutil.rmtree(aside, ignore_errors=True)
+            newer.rename(aside)
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -224,9 +297,13 @@ def damage(checkpoint: Path) -> str | None:
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if fingerprint(file) != expected:
+        try:
+            found = fingerprint(file)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found["bytes"] != expected.get("bytes"):
+            return f"{name} has {found['bytes']} bytes instead of {expected.get('bytes')}"
+        if found != expected:
             return f"{name} is altered (its SHA-256 differs)"
     return None
 

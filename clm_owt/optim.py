@@ -45,7 +45,9 @@ def build_schedule(
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
     schedule.lr_lambdas = [with_floor(f, warmup_steps, total_steps, min_lr_ratio) for f in schedule.lr_lambdas]
     if completed_steps:
-        schedule.load_state_dict(schedule.state_dict() | {"last_epoch": completed_steps - 1, "_step_count": completed_steps + 1})
+        schedule.load_state_dict(
+            schedule.state_dict() | {"last_epoch": completed_steps - 1, "_step_count": completed_steps + 1}
+        )
         schedule.step()
     return schedule
 
@@ -68,7 +70,9 @@ def with_floor(
 class OutlierGuard:
     """Judges steps by the z-score of loss and gradient norm among the last ones, as llm.c's OutlierDetector does.
 
-    The two lists are the run's own and are saved with it; until they are full nothing is an outlier.
+    The two lists are the run's own and are saved with it; until they are full nothing is an outlier. The window is
+    OUTLIER_DETECTOR_WINDOW_SIZE of llmc/outlier_detector.h; the limit is what scripts/run_gpt3_125M.sh sets by
+    `-sl 7.0 -sg 7.0` (llm.c's own default is to skip nothing).
     """
 
     WINDOW = 128
@@ -82,10 +86,11 @@ class OutlierGuard:
         return max(scores) > self.LIMIT
 
     def _push(self, history: list[float], value: float) -> float:
-        """Add a value and give its z-score among the last `WINDOW`, itself included (0 while they are fewer)."""
+        """Add a value and give its z-score among the last `WINDOW`, itself included (0 where fewer were before it)."""
+        full = len(history) == self.WINDOW
         history.append(value)
         del history[: -self.WINDOW]
-        if len(history) < self.WINDOW:
+        if not full:
             return 0.0
         deviation = statistics.pstdev(history)
         return (value - statistics.fmean(history)) / deviation if deviation else 0.0

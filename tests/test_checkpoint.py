@@ -1,3 +1,4 @@
+import errno
 import json
 import random
 import shutil
@@ -15,6 +16,7 @@ from clm_owt.checkpoint import (
     damage,
     find_newest,
     restore,
+    set_aside_newer,
     take_snapshot,
     write_snapshot,
 )
@@ -35,10 +37,10 @@ def step(model, optimizer):
     optimizer.zero_grad()
 
 
-def snapshot_at(number: int):
+def snapshot_at(number: int, **state):
     model, optimizer = model_and_optimizer()
     step(model, optimizer)
-    return take_snapshot(TrainState(step=number), model, optimizer, ALONE)
+    return take_snapshot(TrainState(step=number, **state), model, optimizer, ALONE)
 
 
 def test_a_restored_run_continues_bit_for_bit(tmp_path):
@@ -99,13 +101,58 @@ def test_older_checkpoints_are_pruned_after_the_new_one_is_whole(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000015", "step-00000010"]
 
 
-def test_an_error_of_the_background_write_is_raised_at_the_next_wait(tmp_path):
-    (tmp_path / "file").write_text("")
-    writer = CheckpointWriter(tmp_path / "file", total_limit=2)
-    writer.write(snapshot_at(1))
-    with pytest.raises(OSError):
+def test_the_best_by_validation_loss_is_kept_besides(tmp_path):
+    writer = CheckpointWriter(tmp_path, total_limit=2)
+    for number, loss in ((5, 3.0), (10, 2.0), (15, None), (20, float("nan")), (25, 2.5), (30, 2.0)):
+        writer.write(snapshot_at(number, validation_loss=loss))
         writer.wait()
+        kept = [int(path.name[-8:]) for path in checkpoints(tmp_path)]
+        assert kept == {5: [5], 10: [10, 5], 15: [15, 10], 20: [20, 15, 10], 25: [25, 20, 10], 30: [30, 25]}[number]
+
+
+def test_the_one_continued_from_stays_until_a_newer_is_whole(tmp_path):
+    for number in (5, 10, 15):
+        write_snapshot(snapshot_at(number), tmp_path)
+    set_aside_newer(tmp_path, tmp_path / "step-00000005")
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000005"]
+    assert len(list(tmp_path.glob("*.partial"))) == 2  # what was newer is no longer in the way, and not gone
+    writer = CheckpointWriter(tmp_path, total_limit=1)
+    writer.write(snapshot_at(7))
     writer.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+
+
+def test_a_save_that_fails_is_told_counted_and_leaves_the_older_ones(tmp_path, monkeypatch):
+    from clm_owt import checkpoint
+
+    said = []
+    writer = CheckpointWriter(tmp_path, total_limit=1, say=said.append)
+    writer.write(snapshot_at(5))
+    writer.wait()
+
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "flush_to_disk", no_space)
+        for number in (10, 15):
+            writer.write(snapshot_at(number))
+        writer.wait()
+    assert (writer.failed_in_a_row, writer.saved_step) == (2, 5)
+    assert ["No space left" in line and f"Step {n} " in line for line, n in zip(said, (10, 15), strict=True)]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]  # what was half written made room
+    assert damage(tmp_path / "step-00000005") is None
+    writer.write(snapshot_at(20))
+    writer.wait()
+    assert (writer.failed_in_a_row, writer.saved_step) == (0, 20)
+
+
+def test_a_vanished_disk_is_not_replaced_by_a_new_folder(tmp_path):
+    writer = CheckpointWriter(tmp_path / "mount/run/checkpoints", total_limit=2, say=lambda line: None)
+    writer.write(snapshot_at(1))
+    writer.wait()
+    assert writer.failed_in_a_row == 1
+    assert not (tmp_path / "mount").exists()
 
 
 FILES = ("model.safetensors", "optimizer.safetensors", "random_states.json", "state.json", MARKER)

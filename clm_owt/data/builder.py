@@ -1,11 +1,12 @@
 """The process that writes the token store while training runs: `python -m clm_owt.data.builder`.
 
-It takes no part in the training's process group, ignores SIGINT, and ends with its parent: its standard input is a
-pipe that closes when the parent is gone, however that ended. Errors come back through its exit status and output,
-which are files without a name, so that bad input leaves nothing behind.
+It takes no part in the training's process group, leaves signals to the training process, and ends with it: its
+standard input is a pipe that closes when the parent is gone, however that ended. Errors come back through its exit
+status and output, which are files without a name, so that bad input leaves nothing behind.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -34,9 +35,10 @@ from clm_owt.data.encoding import (
     tokenizer_folder,
     train_tokenizer,
 )
-from clm_owt.data.sources import Source, read_documents, remember_refs
+from clm_owt.data.sources import Source, patiently, read_documents, remember_refs
 from clm_owt.data.token_store import FORMAT_VERSION, StoreWriter, TokenStore, store_folder, write_store
 from clm_owt.recipe import InputError, Recipe
+from clm_owt.stopping import RunFailed
 
 # Set by accelerate and torchrun for their processes; the builder is none of them.
 LAUNCHER_VARIABLES = (
@@ -51,6 +53,8 @@ LAUNCHER_VARIABLES = (
     "OMP_",
 )
 SHOWN_LINES = 20
+DISK_FULL = 28  # exit status
+LAST_WORDS = b"\0"  # stands before the message that the builder dies with
 
 
 class Builder:
@@ -60,6 +64,7 @@ class Builder:
         self.process = process
         self.output = output
         self.errors = errors
+        self.heard = 0  # bytes of the output
 
     @classmethod
     def none(cls) -> "Builder":
@@ -94,7 +99,11 @@ class Builder:
         if not status:
             return
         if status == 2:
-            raise InputError(read_back(self.output).strip())
+            raise InputError(self.last_words())
+        if status == DISK_FULL:
+            raise RunFailed(
+                f"{self.last_words()}; make room, and the same command continues, or give another data_cache_dir"
+            )
         if status < 0:
             reason = f"was ended by {signal.Signals(-status).name}"
             reason += " (is memory short?)" if status == -signal.SIGKILL else ""
@@ -103,13 +112,28 @@ class Builder:
         trace = "\n".join(read_back(self.errors).splitlines()[-SHOWN_LINES:])
         raise RuntimeError(f"the builder of the token store {reason}; the same command continues it\n{trace}".strip())
 
+    def news(self) -> list[str]:
+        """What it has said since the last call, in whole lines."""
+        if self.process is None:
+            return []
+        said = os.pread(self.output.fileno(), 1 << 16, self.heard).partition(LAST_WORDS)[0]
+        lines = said[: said.rfind(b"\n") + 1]
+        self.heard += len(lines)
+        return lines.decode("utf-8", errors="replace").splitlines()
+
+    def last_words(self) -> str:
+        return read_back(self.output).rpartition(LAST_WORDS.decode())[2].strip()
+
     def stop(self) -> None:
         """End the builder, if it still runs; the store stays whole and can be continued."""
         if self.process is None:
             return
-        self.process.terminate()
-        self.process.wait()
         self.process.stdin.close()
+        try:
+            self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
     def __enter__(self) -> "Builder":
         return self
@@ -164,7 +188,7 @@ def describe_store(recipe: Recipe, source: Source, tokenizer: TokenizerFolder) -
 
 def make_tokenizer(recipe: Recipe, source: Source, folder: Path) -> Path:
     if recipe.tokenizer_name is not None:
-        fetch_tokenizer(recipe.tokenizer_name, folder)
+        patiently(lambda: fetch_tokenizer(recipe.tokenizer_name, folder))
     else:
         texts = training_texts(source, recipe.validation_documents)
         train_tokenizer(texts, recipe.train_tokenizer_vocab_size, folder)
@@ -237,15 +261,24 @@ def yield_to_training(split: str) -> None:
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a scheduler sends them to every process of a job
+        signal.signal(signum, signal.SIG_IGN)
     recipe, source = pickle.load(sys.stdin.buffer)
     end_with_parent()
     warnings.simplefilter("ignore")
     try:
         build(recipe, source, yield_to_training)
     except InputError as error:
-        print(error, flush=True)
+        print(LAST_WORDS.decode(), error, sep="", flush=True)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"{LAST_WORDS.decode()}data_cache_dir: {recipe.data_cache_dir}: {error.strerror} for the token store",
+            flush=True,
+        )
+        return DISK_FULL
     return 0
 
 

@@ -6,6 +6,7 @@ Every failure is an `InputError` that names the dataset or file, the column or r
 """
 
 import ast
+import asyncio
 import functools
 import glob
 import hashlib
@@ -16,19 +17,28 @@ import re
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata, util
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 
 from clm_owt.recipe import FILE_FORMATS, PYTHON_DOCS, InputError, Recipe
+from clm_owt.stopping import tell
 
 PYTHON_DOCS_PACKAGES = ("torch", "transformers", "numpy", "datasets")
 PYTHON_DOCS_MIN_CHARACTERS = 200
 ROWS_PER_BATCH = 1000  # a row group of OpenWebText; some 5 MB of text
 SHOWN_CHARACTERS = 80
+# Seconds before reading, and before a first look-up, is tried again.
+PAUSES = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60, 60)
+LOOKUP_PAUSES = (1, 2, 4)
+SECONDS_OF_SILENCE = 60.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,14 +90,17 @@ def resolve_source(recipe: Recipe) -> Source:
         versions = [(package, metadata.version(package)) for package in PYTHON_DOCS_PACKAGES]
         return Source(name, packages=(("python", sys.version.split()[0]), *versions))
     if name in FILE_FORMATS:
-        files = tuple((file, file_digest(file, recipe)) for file in expand_files(recipe.data_files or ()))
+        files = tuple(
+            (file, patiently(functools.partial(file_digest, file, recipe)))
+            for file in expand_files(recipe.data_files or ())
+        )
         return Source(name, split="train", files=files, text_column=recipe.text_column)
     return Source(
         name,
         config_name=recipe.dataset_config_name,
         split=recipe.dataset_split,
         revision=recipe.dataset_revision,
-        commit=resolve_commit(recipe),
+        commit=patiently(lambda: resolve_commit(recipe)),
         data_files=tuple(recipe.data_files) if recipe.data_files else None,
         text_column=recipe.text_column,
     )
@@ -217,25 +230,21 @@ def read_documents(
     Documents come in the order of the files and, in them, of the rows. A plain text file's documents are its
     paragraphs, separated by blank lines, as `datasets` gives them with `sample_by="paragraph"`.
     """
-    corpus = Corpus(source)
+    corpus = patiently(lambda: Corpus(source))
     for file in range(start.file, corpus.num_files):
         position = start if file == start.file else Position(file)
-        name = corpus.file_name(file)
-        with readable(name):
-            dataset = corpus.open_file(file)
-            if position.state is not None:
-                dataset.load_state_dict(position.state)
-        batches = iter(dataset.iter(batch_size=rows_per_batch))
-        while True:
-            with readable(name):
-                table = next(batches, None)
-                if table is None:
-                    break
-                after = Position(file, position.row + table.num_rows, dataset.state_dict())
-            if source.text_column not in table.column_names:
-                raise missing_column(name, source.text_column, table.column_names)
-            yield position, checked_texts(table.column(source.text_column), name, source.text_column, position.row)
-            position = after
+        pauses = iter(PAUSES)
+        while position is not None:
+            try:
+                for table, after in corpus.batches(position, rows_per_batch):
+                    name, column = corpus.file_name(file), source.text_column
+                    if column not in table.column_names:
+                        raise missing_column(name, column, table.column_names)
+                    yield position, checked_texts(table.column(column), name, column, position.row)
+                    position, pauses = after, iter(PAUSES)
+                position = None
+            except InputError as error:
+                wait_for_better(error, pauses)  # and open the file anew, at the same place
 
 
 class Corpus:
@@ -244,6 +253,12 @@ class Corpus:
     def __init__(self, source: Source):
         import datasets
 
+        limit_silence()
+        # Where a connection fails, reading begins anew at the last batch, after pauses of our own.
+        datasets.config.STREAMING_READ_MAX_RETRIES = 1
+        datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
+        datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
+        datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
         self.source = source
         self.builder = None
         if source.dataset_name == PYTHON_DOCS:
@@ -295,11 +310,82 @@ class Corpus:
     def file_name(self, index: int) -> str:
         return self.files[index]
 
+    def batches(self, start: Position, rows: int) -> Iterator[tuple[pa.Table, Position]]:
+        """The batches of a file from `start` on, each with the position after it."""
+        name = self.file_name(start.file)
+        with readable(name):
+            dataset = self.open_file(start.file)
+            if start.state is not None:
+                dataset.load_state_dict(start.state)
+        batches, row = iter(dataset.iter(batch_size=rows)), start.row
+        while True:
+            with readable(name):
+                table = next(batches, None)
+                if table is None:
+                    return
+                row += table.num_rows
+                after = Position(start.file, row, dataset.state_dict())
+            yield table, after
+
     def open_file(self, index: int):
         """File `index` as an `IterableDataset`. Parquet's row groups become its shards, so that resuming inside
         the file seeks instead of reading and discarding; only this one file's footer is read for that."""
         dataset = self.dataset.shard(num_shards=self.num_files, index=index) if self.num_files > 1 else self.dataset
         return dataset.reshard().with_format("arrow")
+
+
+# Servers that fail for a while
+
+
+def limit_silence() -> None:
+    """Give the Hub's client a time limit, between two signs of life; it waits for ever by default."""
+    import httpx2
+    import huggingface_hub
+    from huggingface_hub.utils._http import default_client_factory
+
+    def client() -> "httpx2.Client":
+        client = default_client_factory()
+        client.timeout = httpx2.Timeout(SECONDS_OF_SILENCE, connect=min(10.0, SECONDS_OF_SILENCE))
+        return client
+
+    huggingface_hub.set_client_factory(client)
+
+
+def patiently(attempt: Callable[[], T]) -> T:
+    """What `attempt()` gives, which is repeated while it fails for reasons that may pass."""
+    pauses = iter(LOOKUP_PAUSES)
+    while True:
+        try:
+            return attempt()
+        except InputError as error:
+            wait_for_better(error, pauses)
+
+
+def wait_for_better(error: InputError, pauses: Iterator[float]) -> None:
+    """Say what went wrong and wait for the next of `pauses`; raises the error if it will not pass, or none is left."""
+    pause = next(pauses, None) if may_pass(error) else None
+    if pause is None:
+        raise error
+    tell(f"{str(error).splitlines()[0]}; trying again in {pause:g} s")
+    time.sleep(pause)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether it came of a connection or of a server in trouble, rather than of the request or of the data."""
+    import httpx2
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    seen = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status", None))
+        if isinstance(status, int):
+            return status >= 500 or status in (408, 425, 429)
+        if isinstance(error, OfflineModeIsEnabled):
+            return False
+        error = error.__cause__ or error.__context__
+    lost = (ConnectionError, TimeoutError, asyncio.TimeoutError, httpx2.TransportError)
+    return any(isinstance(e, lost) or type(e).__module__.startswith("aiohttp") for e in seen)
 
 
 class readable:

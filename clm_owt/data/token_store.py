@@ -309,11 +309,15 @@ class StoreWriter:
         values = pa.FixedSizeListArray.from_arrays(pa.array(tokens.astype(self.dtype, copy=False)), self.block_size)
         table = pa.table({COLUMN: values})
         aside = file.with_suffix(".partial")
-        with open(aside, "wb") as sink:
-            with pa.ipc.new_stream(sink, table.schema) as stream:
-                stream.write_table(table)
-            sink.flush()
-            os.fsync(sink.fileno())
+        try:
+            with open(aside, "wb") as sink:
+                with pa.ipc.new_stream(sink, table.schema) as stream:
+                    stream.write_table(table)
+                sink.flush()
+                os.fsync(sink.fileno())
+        except OSError:
+            aside.unlink(missing_ok=True)  # on a full disk its place is wanted
+            raise
         shard = {"rows": table.num_rows, "bytes": aside.stat().st_size, "checksum": checksum(aside)}
         os.replace(aside, file)
         self.shards(split).append(shard | {"after": after.to_json()})

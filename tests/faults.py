@@ -1,0 +1,803 @@
+"""Faults injected into real runs, and what became of them: `python tests/faults.py [--short] [SCENARIO ...]`.
+
+Each scenario disturbs runs of a small recipe (60 steps, a checkpoint every 5, over an epoch boundary) and continues
+them by the same command. What is expected at the end is the run that was never disturbed, bit for bit: final weights,
+optimizer state, random states, samples and metrics.jsonl, timing fields apart. Instants are drawn from `--seed`, in
+seconds of CPU time, so that they spread over a run however busy the machine is. Prints a table in Markdown; status 1
+if anything was lost.
+"""
+
+import argparse
+import contextlib
+import errno
+import functools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from hub_fixtures import english_documents
+from runs import PYTHON, environment, launcher, timeless_metrics, write_json_lines
+from warm_start import (
+    PROCESS_GROUP_TIMEOUT,
+    Job,
+    checkpoint,
+    fork_builders,
+    loop,
+    modeling,
+    start,
+    start_several,
+)
+
+from clm_owt.metrics import read_metrics
+
+STEPS = 60
+SAVE_STEPS = 5
+RECIPE = {
+    "dataset_name": "json",
+    "validation_documents": 3,
+    "train_tokenizer_vocab_size": 400,
+    "block_size": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "effective_batch_size": 8,
+    "max_batch_size": 4,
+    "learning_rate": 1e-3,
+    "warmup_steps": 4,
+    "max_steps": STEPS,
+    "logging_steps": 1,
+    "eval_steps": 20,
+    "save_steps": SAVE_STEPS,
+    "sample_steps": 30,
+    "sample_max_new_tokens": 8,
+    "save_total_limit": 3,
+}
+STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
+
+
+class Lost(AssertionError):
+    """What a fault cost that it must not cost."""
+
+
+def expect(condition: object, what: str, *jobs: Job) -> None:
+    if not condition:
+        raise Lost("\n".join([what, *(f"  | {line}" for job in jobs for line in job.text.splitlines()[-25:])]))
+
+
+@dataclass
+class Bench:
+    """Where runs are disturbed: a recipe with its data and complete token store, and the run that never was."""
+
+    folder: Path
+    draw: random.Random
+    short: bool
+    recipe: Path = field(init=False)
+    cpu_seconds: float = field(init=False)  # of an undisturbed run
+    trials: int = 0
+
+    def __post_init__(self) -> None:
+        data = write_json_lines(self.folder / "documents.jsonl", english_documents()[900:943])
+        content = RECIPE | {"data_files": str(data), "data_cache_dir": str(self.folder / "cache")}
+        self.recipe = self.folder / "small.yaml"
+        self.recipe.write_text(yaml.safe_dump(content))
+        self.reference = self.undisturbed("reference", 1)  # builds the store
+        expect(
+            max(
+                row["epoch"]
+                for row in read_metrics(self.run_of(self.reference) / "metrics.jsonl")
+                if row["split"] == "train"
+            )
+            > 1,
+            "the run crosses no epoch boundary",
+        )
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self.undisturbed("measured", 1)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self.cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    @functools.cached_property
+    def reference_of_two(self) -> Path:
+        return self.undisturbed("reference-2", 2)
+
+    def undisturbed(self, name: str, processes: int) -> Path:
+        home = self.folder / name
+        for job in self.start(home, processes):
+            expect(job.wait() == 0, f"{name}: status {job.status}", job)
+        return home
+
+    def argv(self, *options: str) -> list[str]:
+        return ["--recipe", str(self.recipe), *options]
+
+    def home(self) -> Path:
+        self.trials += 1
+        return self.folder / f"trial-{self.trials}"
+
+    @staticmethod
+    def run_of(home: Path) -> Path:
+        return home / "runs" / "small"
+
+    def start(
+        self, home: Path, processes: int = 1, before: Callable[[], None] = lambda: None, options=(), env=None
+    ) -> list[Job]:
+        if processes == 1:
+            return [start(self.argv(*options), home, before, env)]
+        return start_several(self.argv(*options), home, processes, before)
+
+    def instant(self, most: float = 1.0) -> float:
+        """Seconds of CPU time into a run."""
+        return self.draw.uniform(0.0, most * self.cpu_seconds)
+
+    def finish(self, home: Path, reference: Path | None = None, processes: int = 1, options=()) -> str:
+        """Continue by the same command, to the end, which must be the reference's; gives what was printed."""
+        jobs = self.start(home, processes, options=options)
+        for job in jobs:
+            expect(job.wait() == 0, f"the same command ended with status {job.status}", *jobs)
+        self.compare(home, reference or self.reference, jobs)
+        text = jobs[0].text
+        shutil.rmtree(home)
+        return text
+
+    def compare(self, home: Path, reference: Path, jobs: list[Job]) -> None:
+        found, wanted = self.run_of(home), self.run_of(reference)
+        expect(timeless_metrics(found) == timeless_metrics(wanted), "metrics.jsonl differs", *jobs)
+        last = f"checkpoints/step-{STEPS:08d}"
+        for name in ("samples.md", "model/model.safetensors", f"{last}/model.safetensors",
+                     f"{last}/optimizer.safetensors", f"{last}/random_states.json"):  # fmt: skip
+            expect((found / name).read_bytes() == (wanted / name).read_bytes(), f"{name} differs", *jobs)
+        states = [json.loads((run / last / "state.json").read_text()) for run in (found, wanted)]
+        for state in states:
+            del state["elapsed_seconds"]
+        expect(states[0] == states[1], f"state.json differs: {states}", *jobs)
+        left = sorted(found.rglob("*.partial"))
+        expect(not left, f"left behind: {left}", *jobs)
+
+
+def wait_for_cpu(job: Job, seconds: float) -> None:
+    """Until the process has used so much CPU time, or is gone."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    while job.poll() is None:
+        fields = Path(f"/proc/{job.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        if (int(fields[11]) + int(fields[12])) / ticks >= seconds:
+            return
+        time.sleep(0.002)
+
+
+def at_step(number: int, action: Callable[[], None]) -> Callable[[], None]:
+    """For `before`: `action` is called when step `number` begins."""
+
+    def patch() -> None:
+        original = loop.train_step
+
+        def train_step(run, state, guard):
+            if state.step + 1 == number:
+                action()
+            return original(run, state, guard)
+
+        loop.train_step = train_step
+
+    return patch
+
+
+def kill_myself(signum: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), signum)
+
+
+# Scenarios: each yields one line of what happened per fault, and raises Lost.
+
+
+def killed(bench: Bench) -> Iterator[str]:
+    """SIGKILL at a random instant, continued"""
+    for _ in range(3 if bench.short else 40):
+        home, instant = bench.home(), bench.instant()
+        (job,) = bench.start(home)
+        wait_for_cpu(job, instant)
+        job.kill()
+        whole = checkpoint.checkpoints(bench.run_of(home) / "checkpoints")
+        bench.finish(home)
+        yield f"after {instant:.2f} s of CPU time, at {whole[0].name if whole else 'no checkpoint yet'}"
+
+
+def killed_over_and_over(bench: Bench) -> Iterator[str]:
+    """SIGKILL of each of several sessions in a row, one after the epoch boundary"""
+    for steps in [(14, 33)] if bench.short else [(7, 8, 9), (14, 33, 52), (3, 31, 58), (29, 30, 31, 32)]:
+        home = bench.home()
+        for step in steps:
+            (job,) = bench.start(home, before=at_step(step, kill_myself))
+            expect(job.wait() == -signal.SIGKILL, f"status {job.status}", job)
+        text = bench.finish(home)
+        expect("Continuing after step" in text or steps[-1] <= SAVE_STEPS, "it did not continue")
+        yield from (f"in step {step}" for step in steps)
+
+
+def killed_of_two(bench: Bench) -> Iterator[str]:
+    """SIGKILL of one of 2 processes, or both"""
+    for i in range(1 if bench.short else 12):
+        home, instant, victims = bench.home(), bench.instant(), ((0,), (1,), (0, 1))[i % 3]
+        jobs = bench.start(home, 2)
+        wait_for_cpu(jobs[victims[0]], instant)
+        for victim in victims:
+            jobs[victim].send(signal.SIGKILL)
+        began = time.monotonic()
+        for job in jobs:
+            expect(job.wait(PROCESS_GROUP_TIMEOUT + 40) is not None, "the survivor hangs", *jobs)
+        took = time.monotonic() - began
+        for job in jobs:
+            job.kill()
+        bench.finish(home, bench.reference_of_two, 2)
+        yield f"rank {' and '.join(map(str, victims))} after {instant:.2f} s; all had ended {took:.1f} s later"
+
+
+def killed_during_a_save(bench: Bench) -> Iterator[str]:
+    """SIGKILL between any two file operations of a save"""
+    operations = [
+        (checkpoint, "save_file"), (checkpoint, "fingerprint"), (checkpoint, "flush_to_disk"),
+        (checkpoint.shutil, "rmtree"), (Path, "rename"), (Path, "write_text"), (Path, "mkdir"),
+    ]  # fmt: skip
+
+    def patch(number: int, save: int) -> None:
+        """Be killed before the `number`-th operation of the `save`-th save, or after the last."""
+        calls, saves = 0, 0
+        write = checkpoint.CheckpointWriter._write
+
+        def counted(original):
+            def call(*arguments, **more):
+                nonlocal calls
+                if saves == save:
+                    calls += 1
+                    if calls == number:
+                        kill_myself()
+                return original(*arguments, **more)
+
+            return call
+
+        def counted_write(writer, snapshot):
+            nonlocal saves
+            saves += 1
+            write(writer, snapshot)
+            if saves == save:
+                kill_myself()
+
+        for owner, name in operations:
+            setattr(owner, name, counted(getattr(owner, name)))
+        checkpoint.CheckpointWriter._write = counted_write
+
+    for number in (5, 18) if bench.short else range(1, 28):
+        home = bench.home()
+        (job,) = bench.start(home, before=functools.partial(patch, number, 4))  # the fourth is the first that prunes
+        expect(job.wait() == -signal.SIGKILL, f"status {job.status}", job)
+        left = sorted(path.name for path in (bench.run_of(home) / "checkpoints").iterdir())
+        bench.finish(home)
+        yield f"before operation {number}, leaving {', '.join(left)}"
+
+
+def killed_while_building(bench: Bench) -> Iterator[str]:
+    """SIGKILL while the token store is built"""
+    for i in range(0 if bench.short else 6):
+        home = bench.home()
+        cache = home / "cache"
+        options = ["--data_cache_dir", str(cache)]
+        (job,) = bench.start(home, options=options)
+        delay = bench.draw.uniform(0.0, 12.0)
+        if i % 2:
+            while job.poll() is None and not list(cache.rglob("*.lock")):
+                time.sleep(0.002)
+            delay = bench.draw.uniform(0.0, 1.0)
+        deadline = time.monotonic() + delay
+        while job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        job.kill()
+        found = sorted({path.name for path in cache.rglob("*") if path.is_file()})
+        (again,) = bench.start(home, options=options)
+        expect(again.wait() == 0, f"status {again.status}", again)
+        bench.compare(home, bench.reference, [again])
+        stores = [
+            sorted((p.name, p.read_bytes()) for p in (c / "stores").rglob("*.arrow"))
+            for c in (cache, bench.folder / "cache")
+        ]
+        expect(stores[0] == stores[1], "the token stores differ", again)
+        shutil.rmtree(home)
+        yield f"with {', '.join(found) or 'nothing'} in the cache"
+
+
+def interrupted_at(bench: Bench, step: int, home: Path) -> None:
+    (job,) = bench.start(home, before=at_step(step, kill_myself))
+    expect(job.wait() == -signal.SIGKILL, f"status {job.status}", job)
+
+
+def damaged(bench: Bench) -> Iterator[str]:
+    """A file of the newest checkpoint truncated, emptied, flipped in one bit, removed"""
+    origin = bench.home()
+    interrupted_at(bench, 38, origin)
+    names = ("model.safetensors", "optimizer.safetensors", "random_states.json", "state.json", checkpoint.MARKER)
+    harms = ("truncated", "emptied", "flipped in one bit", "removed")
+    cases = [(name, harm) for name in names for harm in harms]
+    for name, harm in bench.draw.sample(cases, 1) if bench.short else cases:
+        home = bench.home()
+        shutil.copytree(origin, home)
+        newest = checkpoint.checkpoints(bench.run_of(home) / "checkpoints")[0]
+        file, content = newest / name, bytearray((newest / name).read_bytes())
+        if harm == "removed":
+            file.unlink()
+        else:
+            if harm == "flipped in one bit":
+                content[bench.draw.randrange(len(content))] ^= 1 << bench.draw.randrange(8)
+            keep = {"truncated": bench.draw.randrange(1, len(content)), "emptied": 0}.get(harm)
+            file.write_bytes(content[:keep])
+        text = bench.finish(home)
+        expect(
+            f"Passed over runs/small/checkpoints/{newest.name}: " in text,
+            "not said",
+        )
+        expect("Continuing after step 30" in text, "not the one before")
+        yield f"{name} {harm}: " + next(line for line in text.splitlines() if line.startswith("Passed over"))
+    for newest in checkpoint.checkpoints(bench.run_of(origin) / "checkpoints"):
+        (newest / "state.json").unlink()
+    (job,) = bench.start(origin)
+    expect(job.wait() == 2 and "no whole checkpoint" in job.text and "Traceback" not in job.text, "not refused", job)
+    yield "all of them: refused"
+
+
+def signalled(bench: Bench) -> Iterator[str]:
+    """SIGTERM, SIGINT, SIGUSR1 at a random instant, continued"""
+    for signum, status in STATUS.items():
+        for _ in range(1 if bench.short else 20):
+            home, instant = bench.home(), bench.instant(0.9)
+            (job,) = bench.start(home)
+            wait_for_cpu(job, max(instant, 0.05))  # the handler is there
+            began = time.monotonic()
+            job.send(signum)
+            job.wait(60)
+            took = time.monotonic() - began
+            expect(job.status == status, f"{signum.name} after {instant:.2f} s: status {job.status}", job)
+            expect("the same command continues" in job.text and "Traceback" not in job.text, "not said", job)
+            said = next(line for line in job.text.splitlines() if line.startswith("Stopped by"))
+            text = bench.finish(home)
+            reached = said.split(" after step ")[1].split(",")[0] if "after step" in said else "0"
+            expect(reached == "0" or f"Continuing after step {reached}," in text, f"{said}, but then: {text[:2000]}")
+            yield f"{said} ({took:.1f} s)"
+
+
+def signalled_where_it_takes_long(bench: Bench) -> Iterator[str]:
+    """A signal in the midst of validation, of sampling, of the search for a batch size, of a wait for data"""
+
+    def in_validation() -> None:
+        forward, calls = modeling.GPT2ForPretraining.forward, 0
+
+        def patched(model, *arguments, **more):
+            nonlocal calls
+            calls += not model.training and more.get("labels") is not None
+            if calls == 6:
+                kill_myself(signal.SIGTERM)
+            return forward(model, *arguments, **more)
+
+        modeling.GPT2ForPretraining.forward = patched
+
+    def in_sampling() -> None:
+        forward, calls = modeling.GPT2ForPretraining.forward, 0
+
+        def patched(model, *arguments, **more):
+            nonlocal calls
+            calls += not model.training and more.get("labels") is None
+            if calls == 5:
+                kill_myself(signal.SIGINT)
+            return forward(model, *arguments, **more)
+
+        modeling.GPT2ForPretraining.forward = patched
+
+    def in_search() -> None:
+        from clm_owt import batching
+
+        probe = batching.probe
+
+        def patched(*arguments):
+            probe(*arguments)
+            kill_myself(signal.SIGUSR1)
+
+        batching.probe = patched
+
+    def in_wait_for_data() -> None:
+        from clm_owt.data.token_store import TokenStore
+
+        TokenStore.wait_for_rows = lambda store, rows, check: (kill_myself(signal.SIGTERM), check("rows"))
+
+    def in_wait_for_data_later() -> None:
+        from clm_owt.data.order import TrainingBlocks
+
+        read, calls = TrainingBlocks.read, 0
+
+        def patched(blocks, *arguments):
+            nonlocal calls
+            calls += 1
+            if calls == 20:
+                kill_myself(signal.SIGTERM)
+                time.sleep(0.05)
+                blocks.check("a shard")
+            return read(blocks, *arguments)
+
+        TrainingBlocks.read = patched
+
+    cases = {
+        "validation": (in_validation, 143),
+        "sampling": (in_sampling, 130),
+        "search for a batch size": (in_search, 138),
+        "first wait for data": (in_wait_for_data, 143),
+        "later wait for data": (in_wait_for_data_later, 143),
+    }
+    for name, (before, status) in list(cases.items())[:2] if bench.short else cases.items():
+        home = bench.home()
+        (job,) = bench.start(home, before=before)
+        expect(job.wait(60) == status, f"{name}: status {job.status}", job)
+        expect("the same command continues" in job.text and "Traceback" not in job.text, "not said", job)
+        bench.finish(home)
+        yield name
+
+
+def signalled_twice(bench: Bench) -> Iterator[str]:
+    """A second signal while the save of the first is written"""
+
+    def slow_save() -> None:
+        fingerprint = checkpoint.fingerprint
+
+        def patched(file):
+            time.sleep(1.0)
+            return fingerprint(file)
+
+        checkpoint.fingerprint = patched
+
+    for _ in range(1 if bench.short else 5):
+        home = bench.home()
+        options = ["--save_steps", "1000"]
+        interrupted_at(bench, 12, home)
+        (job,) = bench.start(home, before=slow_save, options=options)
+        while job.poll() is None and "step 14/" not in job.text:
+            time.sleep(0.01)
+        job.send(signal.SIGTERM)
+        time.sleep(1.5)
+        began = time.monotonic()
+        job.send(signal.SIGTERM)
+        job.wait(30)
+        took = time.monotonic() - began
+        expect(job.status == 143 and took < 1.0, f"status {job.status} after {took:.1f} s", job)
+        whole = checkpoint.checkpoints(bench.run_of(home) / "checkpoints")
+        expect(all(checkpoint.damage(path) is None for path in whole), "a checkpoint is damaged", job)
+        bench.finish(home)
+        yield f"ended {took:.2f} s after the second, {whole[0].name} whole"
+
+
+def launched(bench: Bench) -> Iterator[str]:
+    """Signals to `accelerate launch` with 1 and with 2 processes, and SIGKILL of it"""
+    cases = [(1, signal.SIGTERM), (1, signal.SIGKILL), (2, signal.SIGTERM), (2, signal.SIGINT), (2, signal.SIGKILL)]
+    for processes, signum in [] if bench.short else cases:
+        home = bench.home()
+        home.mkdir()
+        config = "cpu.yaml" if processes == 1 else "cpu_2proc.yaml"
+        command = [*launcher(config), *bench.argv()]
+        env = environment(home, ACCELERATE_USE_CPU="true")
+        job = Job(0, home / "job.out", home / "job.err")
+        with job.output.open("w") as output, job.errors.open("w") as errors:
+            process = subprocess.Popen(command, cwd=home, env=env, stdout=output, stderr=errors)
+        try:
+            deadline = time.monotonic() + 240
+            while "step 8/" not in job.text:
+                expect(process.poll() is None and time.monotonic() < deadline, "it did not come to step 8", job)
+                time.sleep(0.02)
+            import psutil
+
+            workers = [
+                p
+                for p in psutil.Process(process.pid).children(recursive=True)
+                if "run_clm_owt.py" in " ".join(p.cmdline())
+            ]
+            began = time.monotonic()
+            process.send_signal(signum)
+            process.wait(60)
+            _, alive = psutil.wait_procs(workers, timeout=60)
+            took = time.monotonic() - began
+            expect(not alive, "workers live on", job)
+        finally:
+            process.kill()
+        reference = bench.reference if processes == 1 else bench.reference_of_two
+        said = [line for line in job.text.splitlines() if line.startswith("Stopped by")]
+        expect(said or signum == signal.SIGKILL, "not said", job)
+        text = bench.finish(home, reference, processes)
+        if said:
+            step = said[0].split(" after step ")[1].split(",")[0]
+            expect(f"Continuing after step {step}," in text, f"{said[0]}, but then: {text[:2000]}")
+        yield f"{signum.name} to the launcher of {processes}: {said[0] if said else 'ended'} ({took:.1f} s)"
+
+
+def not_finite(bench: Bench) -> Iterator[str]:
+    """NaN in the embedded data, in the loss, in a gradient: one step, three in a row"""
+
+    def inject(kind: str, steps: range) -> None:
+        original = loop.forward_and_backward
+
+        def patched(run, state, piece, **more):
+            if state.step + 1 not in steps:
+                return original(run, state, piece, **more)
+            if kind == "data":
+                hook = run.model.transformer.drop.register_forward_hook(
+                    lambda module, inputs, output: output * float("nan")
+                )
+                try:
+                    return original(run, state, piece, **more)
+                finally:
+                    hook.remove()
+            if kind == "loss":
+                forward = run.model.forward
+
+                def broken(*arguments, **options):
+                    output = forward(*arguments, **options)
+                    output.loss = output.loss * float("nan")
+                    return output
+
+                run.model.forward = broken
+                try:
+                    return original(run, state, piece, **more)
+                finally:
+                    del run.model.forward
+            sums = original(run, state, piece, **more)
+            next(run.model.parameters()).grad.view(-1)[7] = float("inf")
+            return sums
+
+        loop.forward_and_backward = patched
+
+    weights = set()
+    for kind in ("data", "loss", "gradient"):
+        home = bench.home()
+        (job,) = bench.start(home, before=functools.partial(inject, kind, range(23, 24)))
+        expect(job.wait() == 0, f"status {job.status}", job)
+        skipped = [row for row in read_metrics(bench.run_of(home) / "metrics.jsonl") if "skipped" in row]
+        expect([row["step"] for row in skipped] == [23], f"skipped {skipped}", job)
+        expect(len(skipped[0]["block_ids"]) == 8 and skipped[0]["skipped"] == "not finite", f"{skipped}", job)
+        expect("step 23: skipped (not finite)" in job.text, "not said", job)
+        weights.add((bench.run_of(home) / "model/model.safetensors").read_bytes())
+        yield f"{kind}, step 23: skipped"
+        if bench.short and kind != "data":
+            continue
+        home = bench.home()
+        (job,) = bench.start(home, before=functools.partial(inject, kind, range(24, 60)))
+        expect(job.wait() == 1, f"status {job.status}", job)
+        expect("step 26: " in job.text and "Traceback" not in job.text, "not said", job)
+        newest = checkpoint.checkpoints(bench.run_of(home) / "checkpoints")[0]
+        expect(newest.name == "step-00000020", f"the last checkpoint is {newest.name}", job)
+        bench.finish(home)  # without the fault
+        yield f"{kind}, from step 24: ended after 3 steps, the last checkpoint is of step 20"
+    expect(len(weights) == 1, "a skipped step left something in the weights")
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A disk of its own. Raises OSError where this user may not mount one."""
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        raise OSError(errno.EPERM, mounted.stderr.decode().strip())
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    """Fill a disk to its last byte."""
+    with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def full_disk(bench: Bench) -> Iterator[str]:
+    """A full disk: during saves and logging, for a while and for good; during data building"""
+
+    def full_between(disk: Path, first: int, last: int) -> None:
+        at_step(first, lambda: fill(disk))()
+        at_step(last, lambda: (disk / "filler").unlink())()
+
+    def on_disk(home: Path) -> list[Job]:
+        jobs = bench.start(home)
+        for job in jobs:
+            expect(job.wait() == 0, f"status {job.status}", job)
+        bench.compare(home, bench.reference, jobs)
+        return jobs
+
+    with small_disk(bench.home(), "8m") as home:  # also its standard output is on this disk
+        (job,) = bench.start(home, before=functools.partial(full_between, home, 12, 23))
+        expect(job.wait() == 0, f"status {job.status}", job)
+        bench.compare(home, bench.reference, [job])
+        yield "full from step 12 to 22: 2 saves failed and no line is lost"
+    with small_disk(bench.home(), "8m") as home:
+        (job,) = bench.start(home, before=at_step(12, lambda: fill(home)))
+        expect(job.wait() == 1, f"status {job.status}", job)
+        whole = checkpoint.checkpoints(bench.run_of(home) / "checkpoints")
+        expect([p.name for p in whole] == ["step-00000010", "step-00000005"], f"{whole}", job)
+        (home / "filler").unlink()
+        on_disk(home)
+        yield "full from step 12 on: ended with an error after 3 failed saves, step 10 whole, continued"
+    if bench.short:
+        return
+    with small_disk(bench.home(), "8m") as home:
+        (job,) = bench.start(home, before=at_step(58, lambda: fill(home)))
+        expect(job.wait() == 1, f"status {job.status}", job)
+        (home / "filler").unlink()
+        on_disk(home)
+        yield "full at the end: ended with an error, continued"
+    with small_disk(bench.home(), "8m") as home:
+
+        def stop_when_full():
+            at_step(12, lambda: fill(home))()
+            at_step(17, lambda: kill_myself(signal.SIGTERM))()
+
+        (job,) = bench.start(home, before=stop_when_full)
+        expect(job.wait() == 143, f"status {job.status}", job)
+        (home / "filler").unlink()
+        on_disk(home)
+        yield "full and told to stop: continued from the last save"
+    with small_disk(bench.home(), "60k") as disk:
+        home = bench.home()
+        options = ["--data_cache_dir", str(disk / "cache")]
+        (job,) = bench.start(home, options=options)
+        expect(job.wait() == 1 and "No space left" in job.text, f"status {job.status}", job)
+        expect("Traceback" not in job.text, "a traceback", job)
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        bench.finish(home, options=options)
+        yield "full during data building: " + job.text.strip().splitlines()[-1].replace(str(bench.folder), "")
+
+
+def other_topology(bench: Bench) -> Iterator[str]:
+    """1 -> 2 -> 1 processes, another micro-batch, at resumes"""
+    home = bench.home()
+    wanted = {
+        row["step"]: row["loss"] for row in timeless_metrics(bench.run_of(bench.reference)) if row["split"] == "train"
+    }
+    sessions = (
+        [(1, 4, 20), (2, 2, 40), (1, 3, None)] if bench.short else [(1, 4, 20), (2, 2, 30), (2, 4, 40), (1, 3, None)]
+    )
+    for processes, micro_batch, stop_in in sessions:
+        options = ["--auto_batch_size", "false", "--max_batch_size", str(micro_batch)]
+        before = at_step(stop_in, lambda: kill_myself(signal.SIGTERM)) if stop_in else lambda: None
+        jobs = bench.start(home, processes, before, options)
+        for job in jobs:
+            expect(job.wait() == (143 if stop_in else 0), f"status {job.status}", *jobs)
+    found = {row["step"]: row["loss"] for row in timeless_metrics(bench.run_of(home)) if row["split"] == "train"}
+    expect(found.keys() == wanted.keys(), "other steps", *jobs)
+    worst = max(abs(found[step] / wanted[step] - 1) for step in wanted)
+    expect(worst <= 2e-6, f"losses differ by {worst:.1e}", *jobs)
+    for processes, micro_batch, _ in sessions[1:]:
+        yield f"{processes} process(es), micro-batch {micro_batch}: losses differ by at most {worst:.1e} in any step"
+
+
+def shared_cache(bench: Bench) -> Iterator[str]:
+    """Two runs at once that share an empty cache"""
+    for _ in range(0 if bench.short else 1):
+        cache = bench.home() / "cache"
+        homes = [bench.home(), bench.home()]
+        options = ["--data_cache_dir", str(cache)]
+        jobs = [bench.start(home, options=options)[0] for home in homes]
+        for job, home in zip(jobs, homes, strict=True):
+            expect(job.wait() == 0, f"status {job.status}", *jobs)
+            bench.compare(home, bench.reference, [job])
+        yield "both equal the undisturbed run"
+
+
+def malformed_recipes(bench: Bench) -> Iterator[str]:
+    """Malformed recipes, generated"""
+    from malformed import recipes
+
+    content = yaml.safe_load(bench.recipe.read_text())
+    for i, (name, text) in enumerate(recipes(content, bench.draw, 8 if bench.short else 100)):
+        home = bench.folder / f"bad-recipe-{i}"
+        home.mkdir()
+        file = bench.folder / f"bad-{i}.yaml"
+        file.write_bytes(text)
+        (job,) = [start(["--recipe", str(file)], home)]
+        refused(job, name, home)
+        yield name
+
+
+def malformed_data(bench: Bench) -> Iterator[str]:
+    """Malformed data sets, generated"""
+    from malformed import data_sets
+
+    for i, (name, options, write) in enumerate(data_sets(bench.draw, 4 if bench.short else 40)):
+        home, data = bench.folder / f"bad-data-{i}", bench.folder / f"data-{i}"
+        data.mkdir()
+        write(data)
+        argv = bench.argv(*[option.format(data=data) for option in options], "--data_cache_dir", str(home / "cache"))
+        refused(start(argv, home, before=fork_builders), name, home)
+        yield name
+
+
+def refused(job: Job, name: str, home: Path) -> None:
+    expect(job.wait() == 2, f"{name}: status {job.status}", job)
+    expect("Traceback" not in job.text and job.text.startswith("error: "), f"{name}: not told", job)
+    left = [path for path in home.rglob("*") if path not in (job.output, job.errors) and "hf" not in path.parts]
+    expect(not [path for path in left if path.is_file()], f"{name}: left behind {left}", job)
+
+
+def secrets(bench: Bench) -> Iterator[str]:
+    """Tokens and keys in the environment, looked for in every file and line"""
+    fakes = {"HF_TOKEN": "hf_FAKEfakeFAKEfake0123456789abcdefgh", "WANDB_API_KEY": "0fake1" * 6 + "abcd",
+             "HUGGING_FACE_HUB_TOKEN": "hf_OLDFAKEoldfake0123456789abcdefgh"}  # fmt: skip
+    cases = {
+        "a run with W&B (offline) and TensorBoard": (["--report_to", "wandb", "tensorboard"], 0, {}),
+        "a run that fails with a traceback": ([], 1, {"CLM_FAIL": "1"}),
+    }
+    for name, (options, status, more) in cases.items():
+        home = bench.home()
+
+        def fail():
+            raise RuntimeError("on purpose")
+
+        before = at_step(5, fail) if more else lambda: None
+        (job,) = bench.start(home, before=before, options=options, env=fakes | {"WANDB_MODE": "offline"})
+        expect(job.wait() == status, f"{name}: status {job.status}", job)
+        files = [path for path in home.rglob("*") if path.is_file()]
+        for file in files:
+            content = file.read_bytes()
+            for variable, fake in fakes.items():
+                expect(fake.encode() not in content, f"{variable} is in {file}", job)
+        yield f"{name}: in none of {len(files)} files"
+
+
+SCENARIOS = {
+    function.__name__: function
+    for function in (
+        killed, killed_over_and_over, killed_of_two, killed_during_a_save, killed_while_building, damaged, signalled,
+        signalled_where_it_takes_long, signalled_twice, launched, not_finite, full_disk, other_topology, shared_cache,
+        malformed_recipes, malformed_data, secrets,
+    )
+}  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"of {', '.join(SCENARIOS)} (default: all)")
+    parser.add_argument("--short", action="store_true", help="few faults of each kind")
+    parser.add_argument("--seed", type=int, default=6)
+    options = parser.parse_args(argv)
+    print(f"seed {options.seed}, {PYTHON[0]}", flush=True)
+    lost, rows = 0, []
+    folder = tempfile.mkdtemp(prefix="faults-")  # whose removal is not left to an exit, which each child has too
+    try:
+        began = time.monotonic()
+        bench = Bench(Path(folder), random.Random(options.seed), options.short)
+        print(f"an undisturbed run takes {bench.cpu_seconds:.1f} s of CPU time", flush=True)
+        for name in options.scenarios or SCENARIOS:
+            scenario, done, problem = SCENARIOS[name], 0, ""
+            bench.draw = random.Random(f"{options.seed} {name}")  # the same alone as among the others
+            began_scenario = time.monotonic()
+            try:
+                for line in scenario(bench):
+                    done += 1
+                    print(f"{name}: {line}", flush=True)
+            except Lost as error:
+                problem = str(error)
+                lost += 1
+                print(f"{name}: LOST: {problem}", flush=True)
+            except OSError as error:
+                problem = f"not run here: {error}"
+                print(f"{name}: {problem}", flush=True)
+            took = time.monotonic() - began_scenario
+            if done or problem:
+                outcome = problem.splitlines()[0] if problem else "nothing"
+                rows.append(f"| {scenario.__doc__} | {done} | {outcome} | {took:.0f} s |")
+        print("\n| fault | injected | lost | time |\n|---|---|---|---|\n" + "\n".join(rows))
+        print(f"\nseed {options.seed}, {time.monotonic() - began:.0f} s")
+    finally:
+        shutil.rmtree(folder)
+    return int(lost > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,73 @@
+"""A dataset server that fails for a while: the same data as without, and it is said."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_fixtures import OPENWEBTEXT
+
+from clm_owt.data.sources import may_pass
+from clm_owt.recipe import InputError
+
+ROOT = Path(__file__).parent.parent
+
+BUILD = """
+import json, sys
+from clm_owt.data import sources
+from clm_owt.data.builder import build
+from clm_owt.recipe import load_recipe
+sources.SECONDS_OF_SILENCE = 1.0
+recipe = load_recipe(json.loads(sys.argv[1]))
+build(recipe, sources.resolve_source(recipe))
+"""
+
+
+def build_store(hub, cache: Path) -> subprocess.CompletedProcess[str]:
+    argv = ["--dataset_name", OPENWEBTEXT, "--train_tokenizer_vocab_size", "300", "--block_size", "64"]
+    argv += ["--validation_documents", "20", "--data_cache_dir", str(cache)]
+    argv += ["--effective_batch_size", "1", "--learning_rate", "1", "--warmup_steps", "0", "--max_steps", "1"]
+    env = hub.env(home=cache / "hf") | {"PYTHONPATH": str(ROOT), "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    command = [sys.executable, "-c", BUILD, json.dumps(argv)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+
+
+def shards(cache: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (cache / "stores").rglob("*.arrow")}
+
+
+def test_503_resets_stalls_and_cuts_change_nothing_in_the_data_and_are_said(owt_hub, tmp_path):
+    result = build_store(owt_hub, tmp_path / "quiet")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    owt_hub.fault("/api/datasets/*", status=503)
+    owt_hub.fault("/storage/*", status=503, times=7)  # more than the client itself repeats
+    owt_hub.fault("/storage/*", reset=True, times=7)
+    owt_hub.fault("/storage/*", after=2000, cut=True, times=2)
+    owt_hub.fault("/storage/*", stall=3.0, times=1)
+    result = build_store(owt_hub, tmp_path / "troubled")
+    assert result.returncode == 0, result.stderr
+    assert "trying again in 1 s" in result.stdout
+    assert all("trying again in" in line for line in result.stdout.splitlines()), result.stdout
+    assert shards(tmp_path / "troubled") == shards(tmp_path / "quiet") != {}
+    assert not any(fault.hits < fault.times for fault in owt_hub.faults)
+
+
+def test_what_will_not_pass_is_not_tried_again(owt_hub, tmp_path):
+    owt_hub.fault("/api/datasets/*", status=404, times=9)
+    result = build_store(owt_hub, tmp_path / "cache")
+    assert result.returncode == 1
+    assert "trying again" not in result.stdout
+    assert "InputError: dataset_name: " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("cause", "passes"),
+    [(ConnectionResetError(), True), (TimeoutError(), True), (ValueError("5"), False), (FileNotFoundError(), False)],
+)
+def test_only_troubles_of_the_connection_pass(cause, passes):
+    try:
+        raise InputError("x: cannot be read") from cause
+    except InputError as error:
+        assert may_pass(error) == passes

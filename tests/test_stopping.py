@@ -1,0 +1,99 @@
+import os
+import signal
+import time
+
+import pytest
+
+from clm_owt import stopping
+from clm_owt.stopping import Stopped, StopRequest, tell
+
+
+def send(signum: int) -> None:
+    os.kill(os.getpid(), signum)
+
+
+def exit_status_of(action) -> int:
+    """The exit status of a process of its own that does `action`."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            action()
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_a_signal_before_the_steps_ends_at_once_and_says_how_to_continue(capsys, signum, status):
+    with pytest.raises(Stopped) as stopped, StopRequest().listening():
+        send(signum)
+        time.sleep(5)
+    assert stopped.value.code == status
+    name = signal.Signals(signum).name
+    assert capsys.readouterr().out == f"Stopped by {name} before the first step; the same command continues\n"
+
+
+def test_between_steps_a_signal_waits_to_be_asked_for(capsys):
+    with pytest.raises(Stopped), StopRequest().listening() as stop, stop.between_steps():
+        stop.check()
+        send(signal.SIGTERM)
+        reached = True
+        assert stop.signum == signal.SIGTERM
+        stop.reached = "after step 7, saved"
+        stop.check()
+    assert reached
+    assert "after step 7, saved" in capsys.readouterr().out
+
+
+def test_a_signal_that_nobody_asked_for_any_more_counts_after_the_last_step():
+    with pytest.raises(Stopped), StopRequest().listening() as stop, stop.between_steps():
+        send(signal.SIGTERM)
+
+
+def test_the_echo_of_a_signal_is_no_second_one():
+    with pytest.raises(Stopped), StopRequest().listening() as stop, stop.between_steps():
+        send(signal.SIGINT)
+        send(signal.SIGINT)  # from the terminal, and again from the launcher
+        time.sleep(0.1)
+
+
+def test_a_second_signal_ends_a_process_that_hangs(monkeypatch):
+    monkeypatch.setattr(stopping, "ECHO_SECONDS", 0.2)
+
+    def hang():
+        with StopRequest().listening() as stop, stop.between_steps():
+            send(signal.SIGTERM)
+            time.sleep(0.3)
+            send(signal.SIGUSR1)
+            time.sleep(30)
+
+    began = time.monotonic()
+    assert exit_status_of(hang) == 138
+    assert time.monotonic() - began < 10
+
+
+def test_the_disappearance_of_the_launcher_counts_as_a_sigterm():
+    with pytest.raises(Stopped) as stopped:
+        stop = StopRequest()
+        stop._launcher = 1 if os.getppid() != 1 else 2  # another process than the parent now
+        with stop.listening(), stop.between_steps():
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                stop.check()
+                time.sleep(0.01)
+    assert stopped.value.code == 143
+
+
+def test_the_handlers_are_as_before_afterwards():
+    before = [signal.getsignal(signum) for signum in StopRequest.SIGNALS]
+    with StopRequest().listening():
+        pass
+    assert [signal.getsignal(signum) for signum in StopRequest.SIGNALS] == before
+
+
+def test_lines_that_nobody_can_read_end_nothing(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        tell("a", "b")
+        monkeypatch.undo()
+        stopping.os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())

@@ -11,13 +11,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 quickstart: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml run_clm_owt.py --recipe recipes/quickstart.yaml
 
-# One thread per test process: pytest-xdist keeps the cores busy with one process each.
+# One thread per test process: pytest-xdist keeps the cores busy with one process each. Tests that share a real run
+# form a group, which one of them takes.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 test-slow: $(VENV)/.installed-test
 	$(PIP_INSTALL) --editable '.[test,fp8]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m slow
 
 # Pages opened in a real browser: needs chromium (Debian, Ubuntu: apt install chromium).
 test-browser: $(VENV)/.installed-test

@@ -17,7 +17,7 @@ import re
 import sys
 import typing
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -187,6 +187,8 @@ class StrictLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             name = self.construct_object(key_node, deep=True)
+            if not isinstance(name, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no plain text", key_node.start_mark)
             if name in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {name!r} is given twice; keep one", key_node.start_mark
@@ -275,6 +277,8 @@ def read_recipe_file(path: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"--recipe: there is no file {path}; the recipes are in recipes/"]
     except (OSError, UnicodeDecodeError) as error:
         return {}, [f"--recipe: {path} cannot be read: {error}"]
+    except RecursionError:
+        return {}, [f"{path}: nested too deeply; expected lines of the form `key: value`"]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

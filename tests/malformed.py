@@ -124,7 +124,7 @@ def data_sets(draw: random.Random, count: int) -> Iterator[tuple[str, list[str],
         json_lines("a lone surrogate", b'{"text": "\\ud800 ' + b"word " * 99 + b'"}\n' * 30),
         json_lines("a NUL byte", row * 20 + b"\x00\n" + row * 20),
         json_lines("too short for a block", b'{"text": "a"}\n' * 30, "x.jsonl", "--block_size", "1000"),
-        json_lines("too few documents", row * 5),
+        json_lines("no more documents than validation takes", row * 3),
         json_lines(
             "validation too short", b'{"text": "a"}\n' * 6 + row * 30, "x.jsonl", "--validation_documents", "1"
         ),

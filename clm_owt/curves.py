@@ -191,6 +191,9 @@ class Curves:
 
     def redraw(self) -> None:
         """Draw what the run's files hold by now."""
+        # Here, and not in the thread: Trackio looks for it among the loaded modules, and fails on one half loaded.
+        import matplotlib.figure  # noqa: F401
+
         if self._next is None or self._next.running() or self._next.done():
             self._next = self._executor.submit(self._draw)
 

@@ -36,6 +36,8 @@ class Trackers:
     def start(self, state: TrainState, config: dict[str, object], written: dict[str, int]) -> None:
         """Begin, or continue the trackers' runs. `written` is the last step of the train and validation rows and of
         the samples that the run's files held before they were cut back to `state`."""
+        if not self._recipe.report_to:
+            return
         path = self._folder / RECORD
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"ids": {}, "handed_over": {}}
         handed_over = record["handed_over"]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from clm_owt.checkpoint import TrainState
 from clm_owt.curves import Curves
 from clm_owt.devices import find_device
-from clm_owt.metrics import last_steps, read_metrics
+from clm_owt.metrics import last_steps
 from clm_owt.plan import Plan, flops_per_token
 from clm_owt.recipe import Recipe
 from clm_owt.stopping import tell
@@ -231,7 +231,10 @@ def cut_back_metrics(path: Path, state: TrainState) -> None:
     def is_past(row: dict[str, object]) -> bool:
         return row["step"] <= (state.step if row["split"] == "train" else state.validated_step)
 
-    replace_lines(path, [json.dumps(row) + "\n" for row in read_metrics(path) if is_past(row)])
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    while lines and not (lines[-1].endswith("\n") and is_past(json.loads(lines[-1]))):
+        lines.pop()
+    replace_lines(path, lines)
 
 
 def cut_back_samples(path: Path, state: TrainState) -> None:

@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py --recipe recipes/owt_512.yaml          training steps
     python scripts/benchmark.py head --recipe recipes/owt_512.yaml     linear head and loss alone
+    python scripts/benchmark.py save --recipe recipes/owt_512.yaml     what a checkpoint costs the training
 
 Random blocks: neither data nor tokenizer is needed. The paths take turns, round after round, and the product of two
 2048 x 2048 matrices is timed between them, since where a machine's speed drifts only the ratios within one run mean
@@ -21,6 +22,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,7 +39,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from clm_owt.checkpoint import CheckpointWriter, TrainState, copy_to_host, take_snapshot
 from clm_owt.losses import fused_linear_loss
+from clm_owt.machine import Processes
 from clm_owt.modeling import build_model, compile_blocks
 from clm_owt.optim import build_optimizer
 from clm_owt.plan import flops_per_token
@@ -60,7 +64,7 @@ class Case:
 
 
 def main(argv: list[str]) -> None:
-    commands = {"step": benchmark_step, "head": benchmark_head}
+    commands = {"step": benchmark_step, "head": benchmark_head, "save": benchmark_save}
     command, rest = (argv[0], argv[1:]) if argv and argv[0] in commands else ("step", argv)
     commands[command](rest)
 
@@ -250,6 +254,54 @@ def benchmark_head(argv: list[str]) -> None:
     title = f"head and loss of {shape[0]} x {shape[1]} tokens, vocabulary {options.vocab_size}, width {recipe.n_embd}"
     flops = 6.0 * len(targets) * options.vocab_size * recipe.n_embd
     report(title, cases, products, labels.numel(), flops, accelerator, options)
+
+
+def benchmark_save(argv: list[str]) -> None:
+    """What a checkpoint costs: the time that the training stands still beside that of copying its tensors to host
+    memory, and what writing, meanwhile, adds to the steps after it."""
+    parser = create_parser("save")
+    parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
+    options, recipe = parse(parser, argv)
+    accelerator = Accelerator()
+    processes = Processes(accelerator)
+    model = build_model(recipe, options.vocab_size, eos_token_id=0)
+    step = TrainingStep(model, recipe, accelerator)
+    blocks = torch.randint(options.vocab_size, (1, min(recipe.block_size, 128))).to(accelerator.device)
+    work = partial(step, partial(loss_of_ours, blocks=blocks, penalty=options.penalties[0]))
+    work()  # gives the optimizer its state
+    optimizer = step.optimizer
+    tensors = dict(model.named_parameters())
+    tensors |= {f"{n}/{m}": v for n, p in list(tensors.items()) for m, v in optimizer.state[p].items()}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    copies, blocked, written, added = [], [], [], []
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        writer = CheckpointWriter(Path(folder) / "checkpoints", total_limit=1)
+        for number in range(1, options.rounds + 1):
+            usual = seconds(work, accelerator.device)
+            copies.append(seconds(lambda: copy_to_host(tensors, keep=True), accelerator.device))
+
+            def save(number: int = number) -> None:
+                writer.write(take_snapshot(TrainState(step=number), model, optimizer, processes))
+
+            blocked.append(seconds(save, accelerator.device))
+            began, steps = time.perf_counter(), 0
+            while not writer._pending.done():
+                work()
+                steps += 1
+            written.append(time.perf_counter() - began)
+            added.append(written[-1] - steps * min(usual, seconds(work, accelerator.device)))
+            writer.wait()
+    lines = {
+        "copy to host memory (s)": copies,
+        "the training stands still (s)": blocked,
+        "as a multiple of the copy": [b / c for b, c in zip(blocked, copies, strict=True)],
+        "written meanwhile, beside steps (s)": written,
+        "which these steps lost (s)": added,
+    }
+    print(f"{size / 1e9:.2f} GB of state, {options.rounds} saves; median (and all)")
+    for name, values in lines.items():
+        print(f"  {name:36} {statistics.median(values):6.2f}   ({', '.join(f'{v:.2f}' for v in values)})")
 
 
 def name_of(path: str, penalty: tuple[str, float]) -> str:

@@ -643,15 +643,16 @@ def full_disk(bench: Bench) -> Iterator[str]:
         (home / "filler").unlink()
         on_disk(home)
         yield "full and told to stop: continued from the last save"
-    with small_disk(bench.home(), "60k") as disk:
+    with small_disk(bench.home(), "16k") as disk:
         home = bench.home()
         options = ["--data_cache_dir", str(disk / "cache")]
         (job,) = bench.start(home, options=options)
         expect(job.wait() == 1 and "No space left" in job.text, f"status {job.status}", job)
         expect("Traceback" not in job.text, "a traceback", job)
+        said = job.text.strip().splitlines()[-1].replace(str(bench.folder), "")
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
         bench.finish(home, options=options)
-        yield "full during data building: " + job.text.strip().splitlines()[-1].replace(str(bench.folder), "")
+        yield f"full during data building: {said}"
 
 
 def other_topology(bench: Bench) -> Iterator[str]:
@@ -688,6 +689,49 @@ def shared_cache(bench: Bench) -> Iterator[str]:
             expect(job.wait() == 0, f"status {job.status}", *jobs)
             bench.compare(home, bench.reference, [job])
         yield "both equal the undisturbed run"
+
+
+def resumed_late(bench: Bench) -> Iterator[str]:
+    """Continuing at step 30,000 of a plan of 40,000, against step 10"""
+    origin = bench.home()
+    options = ["--max_steps", "40000"]
+    run = Path("runs") / "small,max_steps=40000"
+    (job,) = bench.start(origin, before=at_step(13, kill_myself), options=options)
+    expect(job.wait() == -signal.SIGKILL, f"status {job.status}", job)
+    late = bench.home()
+    shutil.copytree(origin, late)
+    folder = late / run / "checkpoints"
+    early = checkpoint.checkpoints(folder)[0]
+    state = json.loads((early / "state.json").read_text())
+    blocks = RECIPE["effective_batch_size"]
+    state |= {"step": 30_000, "position": 30_000 * blocks, "validated_step": 30_000, "sampled_step": 30_000}
+    (early / "state.json").write_text(json.dumps(state))
+    listing = {f.name: checkpoint.fingerprint(f) for f in early.iterdir() if f.name != checkpoint.MARKER}
+    (early / checkpoint.MARKER).write_text(json.dumps({"files": listing}))
+    early.rename(folder / "step-00030000")
+    metrics = late / run / "metrics.jsonl"
+    rows = [line for line in metrics.read_text().splitlines() if '"train"' in line]
+    with metrics.open("a") as file:
+        for step in range(20, 30_001, 10):
+            file.write(json.dumps(json.loads(rows[-1]) | {"step": step}) + "\n")
+
+    def seconds(home: Path, step: int) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        copy = bench.home()
+        shutil.copytree(home, copy)
+        (job,) = bench.start(copy, before=at_step(step + 1, kill_myself), options=options)
+        expect(job.wait() == -signal.SIGKILL and f"Continuing after step {step:,}" in job.text, "not continued", job)
+        shutil.rmtree(copy)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    pairs = [(seconds(origin, 10), seconds(late, 30_000)) for _ in range(1 if bench.short else 5)]
+    early_median, late_median = (sorted(column)[len(pairs) // 2] for column in zip(*pairs, strict=True))
+    expect(late_median < early_median + 1.0, f"{late_median:.2f} s against {early_median:.2f} s")
+    yield (
+        f"{late_median:.2f} s of CPU time to the next step, without imports, against {early_median:.2f} s "
+        f"(of {len(pairs)}); with a metrics.jsonl of 3,000 rows"
+    )
 
 
 def malformed_recipes(bench: Bench) -> Iterator[str]:
@@ -755,7 +799,7 @@ SCENARIOS = {
     for function in (
         killed, killed_over_and_over, killed_of_two, killed_during_a_save, killed_while_building, damaged, signalled,
         signalled_where_it_takes_long, signalled_twice, launched, not_finite, full_disk, other_topology, shared_cache,
-        malformed_recipes, malformed_data, secrets,
+        resumed_late, malformed_recipes, malformed_data, secrets,
     )
 }  # fmt: skip
 
@@ -785,7 +829,7 @@ def main(argv: list[str]) -> int:
                 problem = str(error)
                 lost += 1
                 print(f"{name}: LOST: {problem}", flush=True)
-            except OSError as error:
+            except PermissionError as error:  # no disk could be mounted
                 problem = f"not run here: {error}"
                 print(f"{name}: {problem}", flush=True)
             took = time.monotonic() - began_scenario

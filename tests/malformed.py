@@ -128,13 +128,10 @@ def data_sets(draw: random.Random, count: int) -> Iterator[tuple[str, list[str],
         json_lines(
             "validation too short", b'{"text": "a"}\n' * 6 + row * 30, "x.jsonl", "--validation_documents", "1"
         ),
-        json_lines(
-            "fewer blocks than a step", row * 8, "x.jsonl", "--max_steps", "none", "--num_train_epochs", "0.01"
-        ),
         json_lines("gzip cut short", gzip.compress(good)[:-30], "x.jsonl.gz"),
         json_lines("no gzip in spite of its name", good, "x.jsonl.gz"),
         json_lines("Parquet named JSON", b"PAR1" + bytes(200)),
-        json_lines("no file", good, "y*.txt"),
+        ("no file", ["--data_files", "{data}/y*.jsonl"], file("x.jsonl", good)),
         ("a folder for a file", ["--data_files", "{data}/x"], lambda folder: (folder / "x").mkdir()),
         text_file("an empty text", b""),
         text_file("a text of blank lines", b"\n\n\n \n"),

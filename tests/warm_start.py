@@ -47,7 +47,7 @@ for _name in (
     "data.builder",
 ):
     importlib.import_module(f"clm_owt.{_name}")
-for _name in ("matplotlib.backends.backend_agg", "matplotlib.figure", "gigatoken", "chardet"):
+for _name in ("matplotlib.backends.backend_agg", "matplotlib.figure", "gigatoken"):
     importlib.import_module(_name)
 conversion_mapping.get_checkpoint_conversion_mapping("gpt2")
 gc.collect()

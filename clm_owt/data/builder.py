@@ -163,6 +163,8 @@ def build(recipe: Recipe, source: Source, on_shard: Callable[[str], None] = lamb
             remember_refs(source, cache)
 
         store = store_folder(recipe, source, tokenizer)
+        if store.is_dir():  # begun before, whatever has become of its tokenizer
+            before_first_shard()
         writer = StoreWriter(store, describe_store(recipe, source, tokenizer), before_first_shard, on_shard)
         if not writer.manifest["complete"]:
             encoder = Encoder(tokenizer, os.environ.get("CLM_OWT_ENCODER", "gigatoken"))

@@ -230,10 +230,12 @@ def publish(aside: Path, folder: Path) -> None:
     """`aside` becomes `folder` in one step; where another machine was first with the same content, its one stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    shutil.copytree(aside, partial, copy_function=shutil.copyfile, dirs_exist_ok=True)
     try:
+        partial.mkdir(exist_ok=True)
+        for file in aside.iterdir():
+            shutil.copyfile(file, partial / file.name)
         os.rename(partial, folder)
     except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
         if not (folder / "tokenizer.json").is_file():
             raise
-        shutil.rmtree(partial)

@@ -302,8 +302,8 @@ class StoreWriter:
     def write_shard(self, split: str, tokens: np.ndarray, after: Mark) -> None:
         """`tokens`, a whole number of blocks, become the next shard of `split`: aside, flushed, renamed, listed."""
         if not self.folder.is_dir():
-            self.folder.mkdir(parents=True)
             self.before_first_shard()
+            self.folder.mkdir(parents=True)
         index = len(self.shards(split))
         file = self.folder / shard_name(split, index)
         values = pa.FixedSizeListArray.from_arrays(pa.array(tokens.astype(self.dtype, copy=False)), self.block_size)

@@ -15,6 +15,7 @@ def inject(*options: str) -> None:
     assert result.returncode == 0, result.stdout
 
 
+@pytest.mark.faults
 def test_nothing_is_lost_by_a_few_faults_of_each_kind():
     inject("--short")
 

@@ -82,7 +82,7 @@ def test_under_limits_of_the_kernel():
     """In a process of its own: memory that malloc has kept from earlier tests would serve a probe past its limit."""
     cases = str(Path(__file__).parent / "kernel_limit_cases.py")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases], capture_output=True, text=True
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", cases], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout
     assert "3 passed" in result.stdout

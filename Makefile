@@ -8,7 +8,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .PHONY: quickstart test test-slow test-faults test-browser test-tasks lint format clean
 
+# The number of threads is given, or the launcher would warn that it chose it.
 quickstart: $(VENV)/.installed
+	OMP_NUM_THREADS=$$($(BIN)/python -c 'import psutil; print(psutil.cpu_count(logical=False) or 1)') \
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml run_clm_owt.py --recipe recipes/quickstart.yaml
 
 # One thread per test process: pytest-xdist keeps the cores busy with one process each. Tests that share a real run

@@ -158,7 +158,7 @@ def test_a_tracker_that_cannot_start_costs_one_line(tmp_path):
 
 def test_rows_that_an_earlier_session_handed_over_are_not_handed_over_again(tmp_path):
     logged = []
-    recipe = SimpleNamespace(output_dir=str(tmp_path), report_to=())
+    recipe = SimpleNamespace(output_dir=str(tmp_path), report_to=("tensorboard",))
 
     def session(state: TrainState, written: int, steps: range) -> None:
         trackers = Trackers(recipe, print)

@@ -38,17 +38,17 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest) -> None:
     from clm_owt.data.token_store import TokenStore
 
     machine.quiet_libraries()
-    accelerator = machine.create_accelerator(recipe)
-    processes = machine.Processes(accelerator)
-    say = processes.say
-
-    begun = processes.on_main(run_folder.find_begun_run, recipe)
-    if begun.finished:
-        return say(*processes.on_main(run_folder.summarize, Path(recipe.output_dir)))
-    if not plan_only:
-        say(*processes.on_main(hub.check_repository, recipe))
-
     with contextlib.ExitStack() as stack:
+        accelerator = machine.create_accelerator(recipe)
+        processes = stack.enter_context(machine.Processes(accelerator))
+        say = processes.say
+
+        begun = processes.on_main(run_folder.find_begun_run, recipe)
+        if begun.finished:
+            return say(*processes.on_main(run_folder.summarize, Path(recipe.output_dir)))
+        if not plan_only:
+            say(*processes.on_main(hub.check_repository, recipe))
+
         # Data: one builder a machine writes the token store, every process reads it.
         source = processes.on_main(resolve_source, begun.pin_data(recipe))
         builder = Builder.start(recipe, source) if accelerator.is_local_main_process else Builder.none()

@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import NoReturn, Self, TypeVar
 
 import datasets
 import torch
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from clm_owt.data.builder import Builder
 from clm_owt.recipe import InputError, Recipe
-from clm_owt.stopping import Stopped, StopRequest, tell
+from clm_owt.stopping import RunFailed, Stopped, StopRequest, tell
 
 T = TypeVar("T")
 
@@ -128,7 +128,9 @@ class Verdict:
 class Processes:
     """What the processes of a run do together. All of it is trivial for one process.
 
-    Agreements go over a CPU group, so that they wait for no work queued on an accelerator.
+    Agreements go over a CPU group, so that they wait for no work queued on an accelerator. In a `with` statement the
+    process groups are taken down at its end: a worker thread of gloo that outlives the interpreter aborts the process,
+    and with it the exit status. Not so after an unexpected error, where another process may never answer.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -137,6 +139,14 @@ class Processes:
         self.device = accelerator.device
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self._cpu_group = dist.new_group(backend="gloo") if self.count > 1 else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        expected = kind is None or issubclass(kind, (SystemExit, InputError, RunFailed))
+        if expected and dist.is_initialized():
+            dist.destroy_process_group()
 
     def agree(self, out_of_memory: bool = False, signum: int | None = None) -> Verdict:
         if self._cpu_group is None:

@@ -36,7 +36,8 @@ config = GPT2Config(vocab_size=97, n_positions=24, n_embd=32, n_layer=2, n_head=
 model = GPT2ForPretraining(config)
 for parameter in model.parameters():
     parameter.data.mul_(4)  # losses away from ln 97
-results = [evaluate(model, Blocks(), 24, m, accelerator, processes, StopRequest()) for m in (1, 4, 5, 13)]
+with processes:
+    results = [evaluate(model, Blocks(), 24, m, accelerator, processes, StopRequest()) for m in (1, 4, 5, 13)]
 if processes.rank == 0:
     ids = torch.from_numpy(Blocks.blocks)
     with torch.no_grad():

@@ -3,6 +3,7 @@
     python scripts/benchmark.py --recipe recipes/owt_512.yaml          training steps
     python scripts/benchmark.py head --recipe recipes/owt_512.yaml     linear head and loss alone
     python scripts/benchmark.py save --recipe recipes/owt_512.yaml     what a checkpoint costs the training
+    python scripts/benchmark.py data --recipe recipes/owt_512.yaml     from text to a store (benchmark_data.py)
 
 Random blocks: neither data nor tokenizer is needed. The paths take turns, round after round, and the product of two
 2048 x 2048 matrices is timed between them, since where a machine's speed drifts only the ratios within one run mean
@@ -31,6 +32,7 @@ from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, would announce every start
 
+import benchmark_data
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -64,7 +66,7 @@ class Case:
 
 
 def main(argv: list[str]) -> None:
-    commands = {"step": benchmark_step, "head": benchmark_head, "save": benchmark_save}
+    commands = {"step": benchmark_step, "head": benchmark_head, "save": benchmark_save, "data": benchmark_data.main}
     command, rest = (argv[0], argv[1:]) if argv and argv[0] in commands else ("step", argv)
     commands[command](rest)
 
@@ -415,9 +417,7 @@ def report(
         if peak is not None:
             row.append(f"{flops / middle / peak:.1%}")
         rows.append(row)
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for row in [columns, ["-" * width for width in widths], *rows]:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+    print_table(columns, rows)
     if options.json:
         measured = {
             "title": title,
@@ -431,6 +431,13 @@ def report(
             "cases": [{k: v for k, v in vars(case).items() if k != "run"} for case in cases],
         }
         options.json.write_text(json.dumps(measured, indent=2) + "\n")
+
+
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
+    """In Markdown."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in [columns, ["-" * width for width in widths], *rows]:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
 
 
 def cpu_name() -> str:

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from clm_owt.data import token_store
+from clm_owt.data import parts
 from clm_owt.data.builder import Builder, build
 from clm_owt.data.encoding import load_tokenizer
 from clm_owt.data.order import TrainingBlocks
+from clm_owt.data.parts import groups_of_documents, with_end_of_text
 from clm_owt.data.sources import resolve_source
-from clm_owt.data.token_store import TokenStore, groups_of_documents, with_end_of_text
+from clm_owt.data.token_store import TokenStore
 from clm_owt.recipe import InputError, Recipe
 
 
@@ -93,7 +94,7 @@ def test_the_blocks_of_a_small_corpus_are_those_computed_by_hand(recipe_for):
 
 def test_blocks_go_across_documents_batches_and_shards(recipe_for, monkeypatch):
     """Over 30 shards, against the same ids laid end to end in one array."""
-    monkeypatch.setattr(token_store, "ENCODED_BYTES", 10_000)
+    monkeypatch.setattr(parts, "ENCODED_BYTES", 10_000)
     documents = words(6000)
     store = built(recipe_for(documents, validation_documents=300, block_size=3))
     filled = [text for text in documents if text]
@@ -130,7 +131,7 @@ def test_end_of_text_follows_every_document():
 def test_documents_are_grouped_by_size_and_none_is_lost(monkeypatch):
     import pyarrow as pa
 
-    monkeypatch.setattr(token_store, "ENCODED_BYTES", 10)
+    monkeypatch.setattr(parts, "ENCODED_BYTES", 10)
     texts = pa.array(["skip", "abc", "", "defgh", "x" * 30, "ij", "", "k" * 10, "l"], pa.large_string()).slice(1)
     groups = [group.to_pylist() for group in groups_of_documents(texts)]
     assert groups == [["abc", "", "defgh"], ["x" * 30], ["ij", ""], ["k" * 10], ["l"]]
@@ -154,7 +155,7 @@ class Interrupted(Exception):
 
 
 def test_a_build_interrupted_after_any_shard_continues_to_the_same_bytes(recipe_for, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_store, "ENCODED_BYTES", 50_000)
+    monkeypatch.setattr(parts, "ENCODED_BYTES", 50_000)
     documents = words(4000)
     whole = built(recipe_for(documents, block_size=8, validation_documents=900)).folder
     recipe = recipe_for(documents, block_size=8, validation_documents=900, data_cache_dir=str(tmp_path / "again"))

@@ -8,6 +8,7 @@ status and output, which are files without a name, so that bad input leaves noth
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -23,22 +24,22 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import numpy as np
+from typing import TextIO
 
 from clm_owt.data.encoding import (
     TRAINING_BYTES,
-    Encoder,
     TokenizerFolder,
     fetch_tokenizer,
     publish,
     tokenizer_folder,
     train_tokenizer,
 )
-from clm_owt.data.sources import Source, patiently, read_documents, remember_refs
-from clm_owt.data.token_store import FORMAT_VERSION, StoreWriter, TokenStore, store_folder, write_store
+from clm_owt.data.packing import StoreWriter, write_store
+from clm_owt.data.parts import EncodingProcesses, Parts, Watch, read_or_encode
+from clm_owt.data.sources import Source, count_files, patiently, read_documents, remember_refs
+from clm_owt.data.token_store import FORMAT_VERSION, TokenStore, store_folder
 from clm_owt.recipe import InputError, Recipe
-from clm_owt.stopping import RunFailed
+from clm_owt.stopping import RunFailed, tell
 
 # Set by accelerate and torchrun for their processes; the builder is none of them.
 LAUNCHER_VARIABLES = (
@@ -52,6 +53,7 @@ LAUNCHER_VARIABLES = (
     "ACCELERATE_",
     "OMP_",
 )
+UNEXPECTED_SHARE = 0.001  # of the expected count of blocks
 SHOWN_LINES = 20
 DISK_FULL = 28  # exit status
 LAST_WORDS = b"\0"  # stands before the message that the builder dies with
@@ -78,6 +80,7 @@ class Builder:
             return cls.none()
         environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
         package_root = str(Path(__file__).parents[2])  # where `accelerate launch path/to/run_clm_owt.py` finds it too
+        environment["USE_TORCH"] = "0"  # else `datasets` imports it to count epochs, which takes a second
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH")]))
         output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (`check` reads them)
         process = subprocess.Popen(
@@ -147,28 +150,92 @@ def read_back(file) -> str:
     return file.read().decode("utf-8", errors="replace")
 
 
-def build(recipe: Recipe, source: Source, on_shard: Callable[[str], None] = lambda split: None) -> None:
-    """Write what is missing of the recipe's tokenizer and store; `on_shard(split)` is called after each shard.
-    Returns when the store is complete; while another process builds the same store, waits for it, and takes over
-    should that one die."""
+def build(
+    recipe: Recipe,
+    source: Source,
+    on_shard: Callable[[str], None] = lambda split: None,
+    num_workers: int = 1,
+    watch: Watch | None = None,
+) -> None:
+    """Write what is missing of the recipe's tokenizer and store; `on_shard(split)` is called after each shard, `watch`
+    as documents are encoded. Returns when the store is complete; while another process builds the same store, waits
+    for it, and takes over should that one die."""
     cache = Path(recipe.data_cache_dir).expanduser()
-    folder = tokenizer_folder(recipe, source)
-    with only_builder(cache, recipe, source), tempfile.TemporaryDirectory() as aside:
-        there = (folder / "tokenizer.json").is_file()
-        tokenizer = TokenizerFolder(folder if there else make_tokenizer(recipe, source, Path(aside)))
+    with only_builder(cache, recipe, source), provided_tokenizer(recipe, source) as (tokenizer, publish_tokenizer):
 
-        def before_first_shard():
-            if not there:
-                publish(Path(aside), folder)
+        def before_first_shard() -> None:
+            publish_tokenizer()
             remember_refs(source, cache)
 
-        store = store_folder(recipe, source, tokenizer)
-        if store.is_dir():  # begun before, whatever has become of its tokenizer
+        folder = store_folder(recipe, source, tokenizer)
+        if folder.is_dir():  # begun before, whatever has become of its tokenizer
             before_first_shard()
-        writer = StoreWriter(store, describe_store(recipe, source, tokenizer), before_first_shard, on_shard)
+        parts = Parts(folder)
+
+        def shard_written(split: str) -> None:
+            parts.drop_before(writer.mark().position.file)
+            on_shard(split)
+
+        writer = StoreWriter(folder, describe_store(recipe, source, tokenizer), before_first_shard, shard_written)
         if not writer.manifest["complete"]:
-            encoder = Encoder(tokenizer, os.environ.get("CLM_OWT_ENCODER", "gigatoken"))
-            write_store(writer, source, encoder, tokenizer.eos_token_id)
+            if num_workers > 1:
+                before_first_shard()  # other processes read the tokenizer
+                with EncodingProcesses(num_workers, parts, source, tokenizer, watch) as processes:
+                    write_store(writer, processes.read)
+            else:
+                write_store(writer, functools.partial(read_or_encode, parts, source, tokenizer, watch=watch))
+            say_unexpected_count(recipe, writer)
+        parts.drop()
+
+
+def encode_parts(
+    recipe: Recipe, source: Source, files: range, num_workers: int = 1, watch: Watch | None = None
+) -> Parts:
+    """Encode `files` of the source into part files, from which `build` then packs the store; those that are there
+    stay as they are."""
+    cache = Path(recipe.data_cache_dir).expanduser()
+    with only_builder(cache, recipe, source), provided_tokenizer(recipe, source) as (tokenizer, publish_tokenizer):
+        publish_tokenizer()
+        remember_refs(source, cache)
+    tokenizer = TokenizerFolder(tokenizer_folder(recipe, source))
+    parts = Parts(store_folder(recipe, source, tokenizer))
+    if parts.missing(files):
+        with EncodingProcesses(num_workers, parts, source, tokenizer, watch) as processes:
+            for _ in processes.encode(files):
+                pass
+    return parts
+
+
+def missing_parts(recipe: Recipe, source: Source) -> list[int]:
+    """The files of the source that are neither in the store yet nor in part files."""
+    files, folder = range(count_files(source)), tokenizer_folder(recipe, source)
+    if not (folder / "tokenizer.json").is_file():
+        return list(files)
+    tokenizer = TokenizerFolder(folder)
+    folder = store_folder(recipe, source, tokenizer)
+    begun = StoreWriter(folder, describe_store(recipe, source, tokenizer)).mark().position.file
+    return Parts(folder).missing(files[begun:])
+
+
+@contextlib.contextmanager
+def provided_tokenizer(recipe: Recipe, source: Source) -> Iterator[tuple[TokenizerFolder, Callable[[], None]]]:
+    """The recipe's tokenizer, made if there is none, and a function that puts a new one where others find it: bad
+    input is to leave nothing behind."""
+    folder = tokenizer_folder(recipe, source)
+    if (folder / "tokenizer.json").is_file():
+        yield TokenizerFolder(folder), lambda: None
+        return
+    with tempfile.TemporaryDirectory() as aside:
+        yield TokenizerFolder(make_tokenizer(recipe, source, Path(aside))), lambda: publish(Path(aside), folder)
+
+
+def say_unexpected_count(recipe: Recipe, writer: StoreWriter) -> None:
+    expected, counted = recipe.expected_train_blocks, sum(shard["rows"] for shard in writer.shards("train"))
+    if expected and abs(counted - expected) > UNEXPECTED_SHARE * expected:
+        tell(
+            f"expected_train_blocks: the data hold {counted:,} training blocks, {counted / expected - 1:+.2%} of the "
+            f"{expected:,} expected; a run that has begun keeps its steps, for a new one correct the recipe"
+        )
 
 
 def describe_store(recipe: Recipe, source: Source, tokenizer: TokenizerFolder) -> dict:
@@ -184,7 +251,7 @@ def describe_store(recipe: Recipe, source: Source, tokenizer: TokenizerFolder) -
         },
         "block_size": recipe.block_size,
         "validation_documents": recipe.validation_documents,
-        "dtype": np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32).name,
+        "dtype": tokenizer.dtype.name,
     }
 
 
@@ -225,7 +292,7 @@ def only_builder(cache: Path, recipe: Recipe, source: Source) -> Iterator[None]:
             lock = open(file, "a+")  # noqa: SIM115 (closed below)
         except FileNotFoundError:  # the folder went with another builder's lock
             continue
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        take_lock(lock, file)
         if file.exists() and os.path.samestat(os.fstat(lock.fileno()), file.stat()):
             break
         lock.close()  # its holder removed the file: another one is the lock now
@@ -240,6 +307,24 @@ def only_builder(cache: Path, recipe: Recipe, source: Source) -> Iterator[None]:
         for path in created:
             with contextlib.suppress(OSError):  # not empty
                 path.rmdir()
+
+
+def take_lock(lock: TextIO, file: Path) -> None:
+    """Wait for the lock, and say who holds it. That of a process or machine that died is free."""
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with contextlib.suppress(ValueError, KeyError):  # its holder is just writing it
+                held = json.loads(file.read_text())
+                since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held["since"]))
+                tell(f"process {held['pid']} on {held['host']} has been building this token store since {since}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise InputError(
+            f"data_cache_dir: no file can be locked in {file.parent} ({error.strerror}); give a folder on a file "
+            "system with locks"
+        ) from error
 
 
 def end_with_parent() -> None:

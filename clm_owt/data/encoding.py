@@ -31,7 +31,8 @@ class TokenizerFolder:
     """A folder with `tokenizer.json` and, mostly, `tokenizer_config.json`: what encoding depends on.
 
     tokenizer: tokenizers.Tokenizer that takes special tokens in a text as text; eos_token, eos_token_id; vocab_size:
-    one more than the largest id; sha256 of what the ids depend on. Raises `InputError` for a folder without these.
+    one more than the largest id; dtype that ids are stored in; sha256 of what ids depend on. Raises `InputError` for a
+    folder without these.
     """
 
     def __init__(self, folder: Path):
@@ -53,6 +54,7 @@ class TokenizerFolder:
         self.tokenizer.no_padding()
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self.eos_token = self.find_eos_token(vocabulary)
         self.eos_token_id = vocabulary[self.eos_token]
         self.sha256 = hashlib.sha256(content + self.eos_token.encode()).hexdigest()

@@ -223,15 +223,16 @@ START = Position()
 
 
 def read_documents(
-    source: Source, start: Position = START, rows_per_batch: int = ROWS_PER_BATCH
+    source: Source, start: Position = START, rows_per_batch: int = ROWS_PER_BATCH, end_file: int | None = None
 ) -> Iterator[tuple[Position, pa.LargeStringArray]]:
-    """Pairs of (the position before a batch, its texts), from `start` on; every text is there and valid UTF-8.
+    """Pairs of (the position before a batch, its texts), from `start` on, up to but without file `end_file`; every
+    text is there and valid UTF-8.
 
     Documents come in the order of the files and, in them, of the rows. A plain text file's documents are its
     paragraphs, separated by blank lines, as `datasets` gives them with `sample_by="paragraph"`.
     """
-    corpus = patiently(lambda: Corpus(source))
-    for file in range(start.file, corpus.num_files):
+    corpus = open_corpus(source)
+    for file in range(start.file, corpus.num_files if end_file is None else end_file):
         position = start if file == start.file else Position(file)
         pauses = iter(PAUSES)
         while position is not None:
@@ -245,6 +246,16 @@ def read_documents(
                 position = None
             except InputError as error:
                 wait_for_better(error, pauses)  # and open the file anew, at the same place
+
+
+def count_files(source: Source) -> int:
+    """Of the parts in which the source can be read side by side."""
+    return open_corpus(source).num_files
+
+
+@functools.lru_cache(maxsize=1)
+def open_corpus(source: Source) -> "Corpus":
+    return patiently(lambda: Corpus(source))
 
 
 class Corpus:

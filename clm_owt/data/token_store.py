@@ -9,33 +9,28 @@ training split. To look into one:
     shard = Dataset.from_file(f"{folder}/train-00000.arrow")
     tokenizer.decode(shard[0]["input_ids"])
 
-The training side (`TokenStore`) only looks at files. `write_store` is the builder's.
+Training only looks at these files; `packing.py` writes them.
 """
 
 import functools
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute
 import xxhash
 
-from clm_owt.data.encoding import Encoder, TokenizerFolder, tokenizer_folder
-from clm_owt.data.sources import START, Position, Source, read_documents
+from clm_owt.data.encoding import TokenizerFolder, tokenizer_folder
+from clm_owt.data.sources import Source
 from clm_owt.recipe import InputError, Recipe
 
 BLOCKS_PER_SHARD = 8192  # a constant of the format: 16 MB at 1024 tokens of 2 bytes
 FORMAT_VERSION = 1
 SPLITS = ("validation", "train")
 COLUMN = "input_ids"
-ENCODED_BYTES = 4_000_000  # of text in one call of the encoder; bounds memory where documents are long
 POLL_SECONDS = 0.1
 
 Check = Callable[[str], None]
@@ -75,9 +70,6 @@ def read_manifest(folder: Path) -> dict | None:
         return None
     except ValueError as error:
         raise InputError(f"{file}: no valid JSON; delete {folder} and start again") from error
-
-
-# The training side
 
 
 class Split:
@@ -228,248 +220,3 @@ def whole_shards(folder: Path, manifest: dict) -> tuple[str, int] | None:
             if not file.is_file() or file.stat().st_size != shard["bytes"]:
                 return split, index
     return None
-
-
-# The builder's side
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A place in the stream of tokens: so many tokens after the beginning of a batch of documents.
-
-    A shard ends anywhere in a batch, but the source can only be resumed between two: so the batch is encoded again
-    and its first `tokens` left out. `documents` (not empty) and `empty` count those before the batch.
-    """
-
-    position: Position = START
-    tokens: int = 0
-    documents: int = 0
-    empty: int = 0
-
-    def to_json(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict) -> "Mark":
-        return cls(**values | {"position": Position(**values["position"])})
-
-
-class StoreWriter:
-    """The store's folder and manifest, as the builder changes them. Nothing is created before the first shard."""
-
-    def __init__(
-        self,
-        folder: Path,
-        description: dict,
-        before_first_shard: Callable[[], None] = lambda: None,
-        on_shard: Callable[[str], None] = lambda split: None,
-    ):
-        self.folder = folder
-        self.before_first_shard = before_first_shard
-        self.on_shard = on_shard
-        self.block_size = description["block_size"]
-        self.dtype = np.dtype(description["dtype"])
-        self.manifest = read_manifest(folder) or description | {
-            "validation": {"shards": [], "complete": False},
-            "train": {"shards": [], "complete": False},
-            "documents": {"validation": 0, "train": 0, "empty": 0},
-            "complete": False,
-        }
-        self.drop_damaged()
-
-    def drop_damaged(self) -> None:
-        """Forget the first shard that is missing or of another size, and all that were written after it."""
-        damaged = whole_shards(self.folder, self.manifest)
-        if damaged is None:
-            return
-        split, index = damaged
-        for later in SPLITS[SPLITS.index(split) :]:
-            del self.manifest[later]["shards"][index if later == split else 0 :]
-            self.manifest[later]["complete"] = False
-        self.manifest["complete"] = False
-        self.write_manifest()
-
-    def shards(self, split: str) -> list[dict]:
-        return self.manifest[split]["shards"]
-
-    def mark(self) -> Mark:
-        """Where to go on: after the last shard there is."""
-        for split in reversed(SPLITS):
-            if self.shards(split):
-                return Mark.from_json(self.shards(split)[-1]["after"])
-        return Mark()
-
-    def write_shard(self, split: str, tokens: np.ndarray, after: Mark) -> None:
-        """`tokens`, a whole number of blocks, become the next shard of `split`: aside, flushed, renamed, listed."""
-        if not self.folder.is_dir():
-            self.before_first_shard()
-            self.folder.mkdir(parents=True)
-        index = len(self.shards(split))
-        file = self.folder / shard_name(split, index)
-        values = pa.FixedSizeListArray.from_arrays(pa.array(tokens.astype(self.dtype, copy=False)), self.block_size)
-        table = pa.table({COLUMN: values})
-        aside = file.with_suffix(".partial")
-        try:
-            with open(aside, "wb") as sink:
-                with pa.ipc.new_stream(sink, table.schema) as stream:
-                    stream.write_table(table)
-                sink.flush()
-                os.fsync(sink.fileno())
-        except OSError:
-            aside.unlink(missing_ok=True)  # on a full disk its place is wanted
-            raise
-        shard = {"rows": table.num_rows, "bytes": aside.stat().st_size, "checksum": checksum(aside)}
-        os.replace(aside, file)
-        self.shards(split).append(shard | {"after": after.to_json()})
-        self.count_documents(after)
-        self.write_manifest()
-        self.on_shard(split)
-
-    def count_documents(self, mark: Mark) -> None:
-        validation = self.manifest["validation_documents"]
-        self.manifest["documents"] = {
-            "validation": min(mark.documents, validation),
-            "train": max(mark.documents - validation, 0),
-            "empty": mark.empty,
-        }
-
-    def finish(self, end: Mark, tokens: np.ndarray) -> None:
-        """The last training shard, `tokens` (none where the shard before was the last), and the end of the store."""
-        self.manifest["train"]["complete"] = self.manifest["complete"] = True
-        if len(tokens):
-            self.write_shard("train", tokens, end)
-        else:
-            self.count_documents(end)
-            self.write_manifest()
-
-    def write_manifest(self) -> None:
-        aside = self.folder / "manifest.json.partial"
-        with open(aside, "w", encoding="utf-8") as sink:
-            json.dump(self.manifest, sink, indent=1)
-            sink.flush()
-            os.fsync(sink.fileno())
-        os.replace(aside, self.folder / "manifest.json")
-
-
-class Packer:
-    """Tokens that are not yet in a shard, in their order."""
-
-    def __init__(self):
-        self.pieces: list[np.ndarray] = []
-        self.size = 0
-
-    def add(self, tokens: np.ndarray) -> None:
-        self.pieces.append(tokens)
-        self.size += len(tokens)
-
-    def take(self, count: int) -> np.ndarray:
-        """The first `count` tokens, removed."""
-        tokens = np.concatenate(self.pieces) if self.pieces else np.empty(0, np.uint32)
-        self.pieces = [tokens[count:]]
-        self.size -= count
-        return tokens[:count]
-
-
-def with_end_of_text(ids: np.ndarray, lengths: np.ndarray, eos_token_id: int, dtype: np.dtype) -> np.ndarray:
-    """ids of several documents end to end, each followed by the end-of-text id."""
-    tokens = np.full(len(ids) + len(lengths), eos_token_id, dtype)
-    is_text = np.ones(len(tokens), bool)
-    is_text[np.cumsum(lengths + 1) - 1] = False
-    tokens[is_text] = ids
-    return tokens
-
-
-def groups_of_documents(texts: pa.LargeStringArray) -> list[pa.LargeStringArray]:
-    """`texts` in slices of at most ENCODED_BYTES; a longer document alone."""
-    ends = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset + 1 : texts.offset + len(texts) + 1]
-    groups, start, bytes_before = [], 0, ends[0] - len(texts[0].as_buffer()) if len(texts) else 0
-    while start < len(texts):
-        stop = max(int(np.searchsorted(ends, bytes_before + ENCODED_BYTES, side="right")), start + 1)
-        groups.append(texts.slice(start, stop - start))
-        start, bytes_before = stop, ends[stop - 1]
-    return groups
-
-
-def write_store(writer: StoreWriter, source: Source, encoder: Encoder, eos_token_id: int) -> None:
-    """Continue the store from its last shard to the end of the stream.
-
-    The blocks are a function of the stream, the tokenizer and the block size alone, so that the files are the same
-    byte for byte however often this was interrupted. Raises `InputError` for a corpus with no document, or too short
-    for one validation and one training block, before anything is written.
-    """
-    block_size, held_out_documents = writer.block_size, writer.manifest["validation_documents"]
-    shard_tokens = BLOCKS_PER_SHARD * block_size
-    start = writer.mark()
-    documents, empty = start.documents, start.empty
-    validation, train = Packer(), Packer()
-    validation_end = end = start
-
-    for position, texts in read_documents(source, start.position):
-        before_batch = Mark(position, 0, documents, empty)
-        left_out = start.tokens if position == start.position else 0  # of this batch, already in shards
-        batch_tokens = 0
-        for group in groups_of_documents(texts):
-            filled = group.filter(pa.compute.not_equal(pa.compute.binary_length(group), 0))
-            empty += len(group) - len(filled)
-            ids, lengths = encoder.encode(filled)
-            tokens = with_end_of_text(ids, lengths, eos_token_id, writer.dtype)
-            first = min(max(left_out - batch_tokens, 0), len(tokens))
-            held_out = int(np.sum(lengths[: max(held_out_documents - documents, 0)] + 1))
-            validation.add(tokens[first:held_out])
-            train.add(tokens[max(first, held_out) :])
-            documents += len(filled)
-
-            def after(tokens_of_batch: int, before_batch=before_batch) -> Mark:
-                return Mark(before_batch.position, tokens_of_batch, before_batch.documents, before_batch.empty)
-
-            if held_out:
-                validation_end = after(batch_tokens + held_out)
-            while validation.size >= shard_tokens:
-                taken = validation.take(shard_tokens)
-                writer.write_shard("validation", taken, after(batch_tokens + held_out - validation.size))
-            batch_tokens += len(tokens)
-            if documents >= held_out_documents and not writer.manifest["validation"]["complete"]:
-                check_validation(writer, validation, source)
-                if train.size >= block_size:
-                    finish_validation(writer, validation, validation_end)
-            while train.size >= shard_tokens:
-                taken = train.take(shard_tokens)
-                writer.write_shard("train", taken, after(batch_tokens - train.size))
-            end = Mark(position, batch_tokens, documents, empty)
-
-    check_training(writer, train, source, documents, empty)
-    writer.finish(Mark(end.position, end.tokens, documents, empty), train.take(train.size // block_size * block_size))
-
-
-def finish_validation(writer: StoreWriter, validation: Packer, end: Mark) -> None:
-    tokens = validation.take(validation.size // writer.block_size * writer.block_size)
-    writer.manifest["validation"]["complete"] = True
-    if len(tokens):
-        writer.write_shard("validation", tokens, end)
-    else:
-        writer.write_manifest()
-
-
-def check_validation(writer: StoreWriter, validation: Packer, source: Source) -> None:
-    if not writer.shards("validation") and validation.size < writer.block_size:
-        raise InputError(
-            f"{source.dataset_name}: the {writer.manifest['validation_documents']} validation documents are "
-            f"{validation.size} tokens, shorter than one block of {writer.block_size}; "
-            "raise validation_documents or lower block_size"
-        )
-
-
-def check_training(writer: StoreWriter, train: Packer, source: Source, documents: int, empty: int) -> None:
-    if documents == 0:
-        raise InputError(f"{source.dataset_name}: no document with text in it ({empty} empty ones)")
-    held_out = writer.manifest["validation_documents"]
-    if documents <= held_out and not writer.shards("train"):
-        raise InputError(
-            f"{source.dataset_name}: {documents} documents, of which validation_documents: {held_out} are held out, "
-            "leave none to train on; lower validation_documents"
-        )
-    if not writer.shards("train") and train.size < writer.block_size:
-        raise InputError(
-            f"{source.dataset_name}: the {documents - held_out} training documents are {train.size} tokens, shorter "
-            f"than one block of {writer.block_size}; lower block_size or validation_documents"
-        )

@@ -12,6 +12,8 @@ from runs import PYTHON, ROOT, run, timeless_metrics
 
 from clm_owt.metrics import read_metrics
 
+pytestmark = pytest.mark.xdist_group("evaluate model")  # its run is shared
+
 TASK = """\
 task: tiny_choices
 dataset_path: json
@@ -132,19 +134,70 @@ def test_a_top_k_of_one_takes_the_likeliest_token_whatever_the_seed(trained, scr
     assert len({json.loads(line)["text"] for line in result.stdout.splitlines()}) == 1
 
 
+# The tasks that GPT-2 is judged by, as lm-evaluation-harness defines them, but for the place of their data.
+LOCAL_TASK = """\
+include: {definition}
+task: local_{task}
+dataset_path: json
+dataset_name: null
+dataset_kwargs:
+  data_files: {{train: {data}, validation: {data}, test: {data}}}
+"""
+LOCAL_ROWS = {
+    "lambada/lambada_openai": {"text": "Returns the sum of the values, and nothing but the sum"},
+    "wikitext/wikitext": {"page": " = Title = \n A list of values , each with a name . \n"},
+    "hellaswag/hellaswag": {
+        "activity_label": "Sorting",
+        "ctx_a": "The values are read.",
+        "ctx_b": "they",
+        "endings": ["are sorted.", "sleep.", "sing.", "are blue."],
+        "label": "0",
+    },
+    "piqa/piqa": {"goal": "Sort a list", "sol1": "call sorted", "sol2": "call the police", "label": 0},
+}
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """As JSON lines; the file's name as YAML takes it."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return json.dumps(str(path))
+
+
 @pytest.mark.tasks
 def test_zero_shot_tasks_run_on_local_data(trained, script, tmp_path):
-    data = tmp_path / "choices.jsonl"
-    rows = [{"question": f"Is {n} even?", "answer": n % 2} for n in range(8)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    import lm_eval
+    import torch.nn.functional as F
+
+    from clm_owt.sampling import load
+
     folder = tmp_path / "tasks"
     folder.mkdir()
-    (folder / "tiny_choices.yaml").write_text(TASK.format(data=json.dumps(str(data))))
-    arguments = ["--model", trained / "model", "--tasks", "tiny_choices", "--task_folder", folder]
+    data = write_rows(tmp_path / "choices.jsonl", [{"question": f"Is {n} even?", "answer": n % 2} for n in range(8)])
+    (folder / "tiny_choices.yaml").write_text(TASK.format(data=data))
+    names = ["tiny_choices"]
+    for task, row in LOCAL_ROWS.items():
+        definition, task = Path(lm_eval.__file__).parent / f"tasks/{task}.yaml", Path(task).name
+        data = write_rows(tmp_path / f"{task}.jsonl", [row] * 3)
+        (folder / f"local_{task}.yaml").write_text(LOCAL_TASK.format(definition=definition, task=task, data=data))
+        names.append(f"local_{task}")
+    arguments = ["--model", trained / "model", "--tasks", *names, "--task_folder", folder, "--json"]
     result = script("evaluate_model.py", *arguments)
     assert result.returncode == 0, result.stderr
-    line = next(line for line in result.stdout.splitlines() if line.startswith("tiny_choices"))
-    assert line.split()[1] == "acc" and 0 <= float(line.split()[2]) <= 1
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert {task: set(metrics) for task, metrics in found.items()} == {
+        "tiny_choices": {"acc"},
+        "local_lambada_openai": {"acc", "perplexity"},
+        "local_wikitext": {"word_perplexity", "byte_perplexity", "bits_per_byte"},
+        "local_hellaswag": {"acc", "acc_norm"},
+        "local_piqa": {"acc", "acc_norm"},
+    }
+    model, tokenizer = load(str(trained / "model"))
+    text = LOCAL_ROWS["lambada/lambada_openai"]["text"]
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    before_last_word = len(tokenizer(text.rsplit(" ", 1)[0]).input_ids)
+    losses = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+    nll = losses[before_last_word - 1 :].sum().item()
+    assert found["local_lambada_openai"]["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
     unknown = script("evaluate_model.py", "--model", trained / "model", "--tasks", "no_such_task")
     assert unknown.returncode == 2 and "no_such_task" in unknown.stderr
 
@@ -152,6 +205,16 @@ def test_zero_shot_tasks_run_on_local_data(trained, script, tmp_path):
 def test_published_figures_stand_beside_the_metrics():
     from clm_owt.zero_shot import describe
 
-    lines = describe({"hellaswag": {"acc": 0.3, "acc_norm": 0.31}, "piqa": {"acc": 0.6}})
-    assert "0.294 (OpenAI's weights, by llm.c)" in lines[2]
-    assert lines[1].endswith("-") and lines[3].endswith("-")
+    results = {
+        "lambada_openai": {"acc": 0.3, "perplexity": 50.0},
+        "hellaswag": {"acc_norm": 0.31},
+        "mine": {"acc": 0.6},
+    }
+    header, *lines = describe(results)
+    assert header.endswith("GPT-2 paper  GPT-2 in lm-eval")
+    assert [line.split() for line in lines] == [
+        ["lambada_openai", "acc", "0.3000", "0.4599", "0.3256"],
+        ["lambada_openai", "perplexity", "50.0000", "35.13", "40.06"],
+        ["hellaswag", "acc_norm", "0.3100", "-", "0.3114"],
+        ["mine", "acc", "0.6000", "-", "-"],
+    ]

@@ -12,6 +12,7 @@ from clm_owt.metrics import Row, RunRecord
 if TYPE_CHECKING:  # matplotlib takes a second to import; it is imported where it draws
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import Locator
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 
@@ -27,7 +28,6 @@ SMOOTHED_POINTS = 100  # a curve of more points than this is drawn with its runn
 class Panel:
     field: str
     label: str
-    legend: str = "upper right"  # where the curve usually is not; to search for a place takes matplotlib long
     log_scale: bool = False
     validated: bool = False
     penalty_only: bool = False  # is drawn where a run has a sharpness penalty
@@ -37,9 +37,9 @@ PANELS = (
     Panel("ce_loss", "cross-entropy (nats per token)", log_scale=True, validated=True),
     Panel("learning_rate", "learning rate"),
     Panel("grad_norm", "gradient norm before clipping", log_scale=True),
-    Panel("tokens_per_second", "training tokens per second", legend="lower right"),
+    Panel("tokens_per_second", "training tokens per second"),
     Panel("penalty", "sharpness penalty", validated=True, penalty_only=True),
-    Panel("max_prob", "mean largest probability", legend="lower right", validated=True, penalty_only=True),
+    Panel("max_prob", "mean largest probability", validated=True, penalty_only=True),
 )
 
 
@@ -84,6 +84,8 @@ def draw(runs: Sequence[RunRecord]) -> "Figure":
     all_axes = [figure.add_subplot(lines, 2, i + 1) for i in range(len(panels))]
     for axes, panel in zip(all_axes, panels, strict=True):
         draw_panel(axes, runs, panel)
+    # For all panels. A loss goes down; to search for a free place takes matplotlib long.
+    all_axes[0].legend(fontsize=8, loc="upper right")
     tokens_per_step = {run.plan["tokens_per_step"] for run in runs}
     if len(tokens_per_step) == 1:
         add_token_axis(all_axes[0], tokens_per_step.pop())
@@ -91,7 +93,7 @@ def draw(runs: Sequence[RunRecord]) -> "Figure":
 
 
 def draw_panel(axes: "Axes", runs: Sequence[RunRecord], panel: Panel) -> None:
-    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
+    from matplotlib.ticker import EngFormatter, NullLocator, StrMethodFormatter
 
     alone = len(runs) == 1
     for color, run in zip(COLORS * len(runs), runs, strict=False):
@@ -108,9 +110,11 @@ def draw_panel(axes: "Axes", runs: Sequence[RunRecord], panel: Panel) -> None:
             style = {"color": "black" if alone else color, "marker": "o", "markersize": 3, "linestyle": "--"}
             label = "validation" if alone else None
             axes.plot(*series(run.validation, panel.field), linewidth=1, label=label, **style)
+    if panel.field == "ce_loss":
+        draw_references(axes, runs)
     if panel.log_scale:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+        axes.yaxis.set_major_locator(log_ticks(*axes.get_ylim()))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
@@ -119,16 +123,24 @@ def draw_panel(axes: "Axes", runs: Sequence[RunRecord], panel: Panel) -> None:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.2g}"))
     if panel.field == "tokens_per_second":
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    if panel.field == "ce_loss":
-        draw_references(axes, runs)
     if alone:
         draw_marks(axes, runs[0])
     axes.set_xlabel("step" if alone or not panel.validated else "step (dots: validation)")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylabel(panel.label)
     axes.grid(alpha=0.25)
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(fontsize=8, loc=panel.legend)
+
+
+def log_ticks(low: float, high: float) -> "Locator":
+    """Round numbers for a logarithmic axis: some even on one of less than a decade, few on one of many."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    ratio = high / low
+    if ratio < 3:
+        return MaxNLocator(nbins=6, steps=(1, 2, 5, 10))
+    if ratio < 10:
+        return LogLocator(subs=(1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9))
+    return LogLocator(subs=(1, 2, 5) if ratio < 1000 else (1,))
 
 
 def add_token_axis(axes: "Axes", tokens_per_step: int) -> None:
@@ -159,12 +171,13 @@ def draw_references(axes: "Axes", runs: Sequence[RunRecord]) -> None:
 
 
 def draw_marks(axes: "Axes", run: RunRecord) -> None:
-    """Vertical lines at resumptions and changes of the micro-batch, each kind named once."""
+    """Vertical lines at resumptions and changes of the micro-batch, each kind named once; dotted so that both are seen
+    where they are one."""
     named = set()
     for step, what in run.marks:
-        kind = what.split()[0]
-        style = {"color": "tab:orange" if kind == "resumed" else "tab:purple", "linestyle": (0, (1, 2))}
-        axes.axvline(step, linewidth=1, label=None if what in named else what, **style)
+        color, offset = ("tab:orange", 0) if what == "resumed" else ("tab:purple", 3)
+        style = {"color": color, "linestyle": (offset, (2, 4)), "linewidth": 1}
+        axes.axvline(step, label=None if what in named else what, **style)
         named.add(what)
 
 

@@ -46,6 +46,7 @@ def write_page(runs: Sequence[RunRecord]) -> str:
 
     sections = [
         "<h2>Curves</h2>",
+        "<p>Dashed, with dots: validation. A click on a name hides it; dragging zooms, a double click goes back.</p>",
         curves(runs),
         "<h2>Results</h2>",
         results(runs),
@@ -77,7 +78,7 @@ def curves(runs: Sequence[RunRecord]) -> str:
         where = {"row": i // 2 + 1, "col": i % 2 + 1}
         for color, run in zip(COLORS * len(runs), runs, strict=False):
             per_step = run.plan["tokens_per_step"]
-            for rows, name, line in ((run.train, run.name, "solid"), (run.validation, "validation", "dash")):
+            for rows, split, line in ((run.train, "training", "solid"), (run.validation, "validation", "dash")):
                 if rows is run.validation and not panel.validated:
                     continue
                 steps, values = series(rows, panel.field)
@@ -89,7 +90,8 @@ def curves(runs: Sequence[RunRecord]) -> str:
                     x=steps,
                     y=values,
                     customdata=[show_count(float(f"{step * per_step:.4g}")) for step in steps],
-                    hovertemplate="step %{x:,}, %{customdata} tokens: %{y:.5g}<extra>" + f"{run.name}, {name}</extra>",
+                    hovertemplate="step %{x:,}, %{customdata} tokens: %{y:.5g}<extra>"
+                    + f"{run.name}, {split}</extra>",
                     name=run.name,
                     legendgroup=run.name,
                     showlegend=i == 0 and rows is run.train,
@@ -106,11 +108,14 @@ def curves(runs: Sequence[RunRecord]) -> str:
             for loss, name in REFERENCE_LINES:
                 line = {"dash": "dot", "color": "grey", "width": 1.5}
                 figure.add_trace(Scatter(x=[0, last], y=[loss, loss], name=name, mode="lines", line=line), **where)
-        scale = {"type": "log", "dtick": "D1"} if panel.log_scale else {"rangemode": "tozero"}
+        scale = {"type": "log", "tickformat": "~g"} if panel.log_scale else {"rangemode": "tozero"}
         figure.update_yaxes(**scale, **where)
-        figure.update_xaxes(title="step", tickformat=",", **where)
+        figure.update_xaxes(title="step", tickformat=",", matches="x", **where)  # zoomed together
     figure.update_layout(
-        height=380 * lines, margin={"t": 50, "l": 50, "r": 20}, template="plotly_white", legend={"orientation": "h"}
+        height=380 * lines,
+        margin={"t": 75, "l": 50, "r": 20},
+        template="plotly_white",
+        legend={"orientation": "h", "y": 1, "yref": "container", "yanchor": "top"},
     )
     return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
 
@@ -149,7 +154,8 @@ def recipe_differences(runs: Sequence[RunRecord]) -> str:
 
 
 def plans(runs: Sequence[RunRecord]) -> str:
-    lines = [[key, *(cell(run.plan.get(key)) for run in runs)] for key in PLAN_KEYS]
+    facts = [run.plan | run.plan.get("environment", {}) for run in runs]
+    lines = [[key, *(cell(fact.get(key)) for fact in facts)] for key in PLAN_KEYS]
     full = "".join(
         f"<details><summary>all of {html.escape(run.name)}</summary><pre>"
         f"{html.escape(json.dumps(run.plan, indent=2, ensure_ascii=False))}</pre></details>"

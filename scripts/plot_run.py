@@ -6,6 +6,7 @@ python scripts/plot_run.py runs/owt_512 runs/owt_512,penalty_weight=0.01 --outpu
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from clm_owt.curves import save_picture
@@ -29,6 +30,8 @@ def plot(folders: list[Path], output: Path) -> None:
     if output.suffix not in (".png", ".svg", ".html"):
         raise InputError(f"--output: {output} does not work; expected a name that ends in .png, .svg or .html")
     runs = [RunRecord.read(folder) for folder in folders]
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, name=str(folder)) for run, folder in zip(runs, folders, strict=True)]
     if output.suffix != ".html":
         return save_picture(runs, output)
     try:

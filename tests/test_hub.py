@@ -1,6 +1,7 @@
 """Sharing: real runs that upload to the loopback Hub, with the client of huggingface_hub as it is."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,11 @@ from runs import PYTHON, ROOT, environment, run, timeless_metrics
 
 from clm_owt import hub
 from clm_owt.metrics import read_metrics
+from clm_owt.model_card import card_metadata
+from clm_owt.recipe import Recipe
 from clm_owt.stopping import Stopped, StopRequest
+
+pytestmark = pytest.mark.xdist_group("hub")  # its runs are shared
 
 REPO = "tester/tiny"
 PUSH = ["--push_to_hub", "--hub_model_id", REPO]
@@ -109,6 +114,15 @@ def test_the_repository_holds_what_somebody_else_needs(server, shared_run):
     assert not (folder / "hub").exists() or not list((folder / "hub").iterdir())
 
 
+def test_the_token_is_in_no_file_and_no_line(server, shared_run):
+    folder, result = shared_run
+    written = {str(path): path.read_bytes() for path in folder.parents[1].rglob("*") if path.is_file()}
+    uploaded = {name: server.repository(REPO).read(name) for name in server.repository(REPO).files()}
+    told = {"output": result.stdout.encode(), "errors": result.stderr.encode()}
+    assert len(written) > 20 and len(uploaded) == 12
+    assert [name for name, content in (written | uploaded | told).items() if b"hf_write" in content] == []
+
+
 @pytest.fixture(scope="module")
 def downloaded(server, shared_run, tmp_path_factory):
     """What somebody else gets from the repository, in a fresh process with an empty cache."""
@@ -155,6 +169,30 @@ def test_the_model_card_passes_the_checks_of_huggingface_hub(shared_run, downloa
     for heading in ("How to use it", "Training", "Results", "Samples", "Limits", "The recipe"):
         assert f"## {heading}" in downloaded.card
     assert f"{last['loss']:.4f}" in downloaded.card and "![Training curves](training_curves.png)" in downloaded.card
+
+
+def test_the_card_names_what_the_model_came_from():
+    settings = {"dataset_name": "Skylion007/openwebtext", "init_from": "openai-community/gpt2"}
+    recipe = Recipe(**settings, effective_batch_size=512, learning_rate=1e-3, warmup_steps=100).to_dict()
+    metadata = card_metadata(recipe, "me/gpt2-owt", []).to_dict()
+    assert metadata["license"] == "apache-2.0"
+    assert metadata["datasets"] == ["Skylion007/openwebtext"] and metadata["language"] == "en"
+    assert metadata["base_model"] == "openai-community/gpt2"
+    local = card_metadata(recipe | {"dataset_name": "json", "init_from": "runs/a/model"}, "me/gpt2-owt", []).to_dict()
+    assert not {"datasets", "language", "base_model"} & local.keys()
+
+
+def test_the_command_on_the_card_trains_on_from_the_shared_weights(server, shared_run, downloaded, tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(server.repository(REPO).read("recipe.yaml"))
+    (options,) = re.findall(r"^python run_clm_owt.py (.*)$", downloaded.card, flags=re.MULTILINE)
+    command = [*PYTHON, *options.split(), "--max_steps", "3", "--warmup_steps", "1"]
+    result = run(command, cwd=tmp_path, env=online(server, tmp_path))
+    assert result.returncode == 0, result.stderr
+    before, after = (
+        [row for row in read_metrics(folder / "metrics.jsonl") if row["split"] == "validation"]
+        for folder in (shared_run[0], tmp_path / "runs/continued")
+    )
+    assert after[0]["step"] == 0 and after[0]["loss"] == before[-1]["loss"]
 
 
 def test_outages_cut_connections_and_stalls_are_overcome(private_run, tiny_recipe, tmp_path, request):
@@ -208,6 +246,7 @@ def test_a_rejected_token_ends_the_run_before_it_begins(server, tiny_recipe, tmp
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: hub_model_id: {REPO}: 401 ")
     assert "hf auth login" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert "hf_unknown" not in result.stdout + result.stderr
     assert not (tmp_path / "runs").exists()
 
 
@@ -311,6 +350,7 @@ def test_one_upload_at_a_time_and_the_newest_replaces_those_that_wait(tmp_path, 
 
 
 def test_commits_keep_their_distance(tmp_path, monkeypatch):
+    assert hub.SECONDS_BETWEEN_COMMITS == 300
     queue = Queue(tmp_path, monkeypatch, interval=0.3)
     queue.go.set()
     queue.save(10)
@@ -355,6 +395,7 @@ def test_a_signal_ends_the_wait_for_the_last_upload(tmp_path, monkeypatch):
     stop._received = signal.SIGTERM
     with pytest.raises(Stopped):
         queue.uploads.finish(stop)
+    assert stop.way_on.startswith("to repeat it: python scripts/push.py")  # the run itself has ended
     queue.go.set()
 
 

@@ -14,21 +14,35 @@ import pytest
 from runs import ROOT, environment, launcher, run
 
 from clm_owt.checkpoint import TrainState, checkpoints
-from clm_owt.metrics import TIMING_FIELDS, read_metrics
+from clm_owt.metrics import TIMING_FIELDS, read_metrics, read_samples
+from clm_owt.recipe import GUIDE_PROMPTS
 from clm_owt.trackers import Trackers
 
+pytestmark = pytest.mark.xdist_group("trackers")  # its runs are shared
+
 ALL = ("wandb", "tensorboard", "trackio")
+
+# What people put on their dashboards; `train/mfu` comes with it on a device whose peak is known.
+NAMES = {"validation/loss", "validation/perplexity", "train/tokens_per_second"} | {
+    f"train/{name}"
+    for name in ("loss", "ce_loss", "penalty", "max_prob", "entropy", "perplexity", "learning_rate", "grad_norm")
+}
 
 
 @pytest.fixture(scope="module")
 def killed_and_resumed(tiny_recipe, tmp_path_factory):
-    """A run of two processes that was killed after its first checkpoint and then finished; and the last output."""
+    """A run of two processes that was killed after its first checkpoint and then finished, and what both sessions
+    printed. W&B had a key and no network in the first one, and no key in the second."""
     home = tmp_path_factory.mktemp("watched")
     command = [*launcher("cpu_2proc.yaml"), "--recipe", str(tiny_recipe), "--report_to", *ALL, "--max_steps", "40"]
     command += ["--run_name", "watched"]
     env = environment(home, ACCELERATE_USE_CPU="true")
     folder = home / "runs/watched"
-    with subprocess.Popen(command, cwd=home, env=env, start_new_session=True, stdout=subprocess.DEVNULL) as process:
+    unreachable = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    with (
+        (home / "first.txt").open("w") as output,
+        subprocess.Popen(command, cwd=home, env=env | unreachable, start_new_session=True, stdout=output) as process,
+    ):
         deadline = time.monotonic() + 200
         while not checkpoints(folder / "checkpoints"):
             assert process.poll() is None and time.monotonic() < deadline
@@ -39,7 +53,8 @@ def killed_and_resumed(tiny_recipe, tmp_path_factory):
     result = run(command, cwd=home, env=env)
     assert result.returncode == 0, result.stderr
     assert "Continuing after step" in result.stdout
-    return SimpleNamespace(home=home, folder=folder, result=result, killed_at=killed_at)
+    outputs = ((home / "first.txt").read_text(), result.stdout)
+    return SimpleNamespace(home=home, folder=folder, outputs=outputs, killed_at=killed_at)
 
 
 def expected_points(folder: Path) -> dict[tuple[str, int], float]:
@@ -87,6 +102,7 @@ def test_wandb_holds_the_metrics_of_one_run(killed_and_resumed):
     assert all(
         item["step"] == item["_step"] and item["tokens"] == 256 * item["step"] for item in items if "step" in item
     )
+    assert {name for item in items for name in item} >= NAMES
     runs = read_wandb(folder, "run")
     assert len(runs) == 2 and len({run["run_id"] for run in runs}) == 1  # one for each session; two processes, one run
     config = read_wandb(folder, "config")[0]["update"]
@@ -97,21 +113,33 @@ def test_wandb_holds_the_metrics_of_one_run(killed_and_resumed):
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["split"] == "validation"]
     best = [update["best_validation_loss"] for update in summaries if "best_validation_loss" in update]
     assert best[-1] == min(row["loss"] for row in rows)
-    assert "W&B is offline (no API key" in killed_and_resumed.result.stdout
-    assert "wandb sync runs/watched/wandb/offline-run-*" in killed_and_resumed.result.stdout
+
+
+def test_wandb_is_offline_without_a_network_or_a_key_and_says_how_to_sync_later(killed_and_resumed):
+    reasons = ("127.0.0.1 cannot be reached: [Errno 111] Connection refused", "no API key; `wandb login`")
+    for output, reason in zip(killed_and_resumed.outputs, reasons, strict=True):
+        sync = "wandb sync runs/watched/wandb/offline-run-*"
+        assert [line for line in output.splitlines() if "W&B" in line] == [
+            f"W&B is offline ({reason}); to sync it later: {sync}"
+        ]
 
 
 def test_tensorboard_holds_the_metrics_of_one_run(killed_and_resumed):
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util.tensor_util import make_ndarray
 
-    found = []
-    for file in (killed_and_resumed.folder / "tensorboard").glob("events.out.tfevents.*"):
-        for event in EventFileLoader(str(file)).Load():
-            for value in event.summary.value:
-                if is_metric(value.tag):
-                    found.append((value.tag, event.step, float(make_ndarray(value.tensor))))
+    points = [
+        (value.tag, event.step, make_ndarray(value.tensor))
+        for file in (killed_and_resumed.folder / "tensorboard").glob("events.out.tfevents.*")
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+    ]
+    found = [(tag, step, float(value)) for tag, step, value in points if is_metric(tag)]
     assert_nothing_twice_and_nothing_else(found, killed_and_resumed)
+    assert {tag for tag, _, _ in points} >= NAMES
+    samples = {step: value.item().decode() for tag, step, value in points if tag.startswith("samples")}
+    rounds = read_samples(killed_and_resumed.folder / "samples.md")
+    assert samples and all(text == rounds[step] for step, text in samples.items())
 
 
 def test_trackio_holds_the_metrics_of_one_run(killed_and_resumed):
@@ -125,6 +153,10 @@ def test_trackio_holds_the_metrics_of_one_run(killed_and_resumed):
         if is_metric(name)
     ]
     assert_nothing_twice_and_nothing_else(found, killed_and_resumed)
+    logged = [json.loads(metrics) for _, _, metrics in rows]
+    assert {name for metrics in logged for name in metrics} >= NAMES
+    tables = [metrics["samples"]["_value"] for metrics in logged if "samples" in metrics]
+    assert tables and all([line["prompt"] for line in table] == list(GUIDE_PROMPTS) for table in tables)
 
 
 def test_a_tracker_that_fails_costs_one_line_and_the_others_go_on(tmp_path):

@@ -1,11 +1,17 @@
+import io
 import json
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
+from clm_owt import tracking
 from clm_owt.checkpoint import TrainState
 from clm_owt.metrics import read_metrics
 from clm_owt.tracking import (
     Throughput,
+    Tracker,
     clock,
     cut_back_metrics,
     cut_back_samples,
@@ -66,3 +72,35 @@ def test_flops_of_gpt2_small():
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61.4, "1:01"), (3723, "1:02:03"), (float("nan"), "?")])
 def test_durations_are_told_as_people_read_them(seconds, text):
     assert clock(seconds) == text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_progress_tells_loss_learning_rate_gradient_norm_throughput_memory_and_time_left(
+    tmp_path, capsys, monkeypatch, on_terminal
+):
+    row = {"step": 5, "loss": 3.25, "learning_rate": 6e-4, "grad_norm": 0.75, "tokens_per_second": 12345.6}
+    monkeypatch.setattr(tracking, "memory_used", lambda: 1.52e9)
+    if on_terminal:
+        monkeypatch.setattr(sys, "stderr", Terminal())
+    recipe = SimpleNamespace(output_dir=str(tmp_path), report_to=())
+    tracker = Tracker(recipe, SimpleNamespace(is_main_process=True), total_steps=20)
+    tracker.start(TrainState(), {})
+    monkeypatch.setattr(tracker, "_started", time.monotonic() - 10)  # 5 of 20 steps in 10 s
+    tracker.train_row(row | {"tokens": 640})
+    if on_terminal:
+        tracker._progress.start_t -= 10
+        tracker.advance(5)
+        tracker._progress.refresh()
+        shown = sys.stderr.getvalue().rsplit("\r", 1)[-1]
+        assert "| 5/20 [00:10<00:30, " in shown
+        assert ", loss 3.2500, lr 0.0006, gradient norm 0.75, 12,346 tokens/s, 1.5 GB]" in shown
+    else:
+        shown = capsys.readouterr().out
+        expected = "step 5/20  loss 3.2500  lr 0.0006  gradient norm 0.75  12,346 tokens/s  1.5 GB  0:30 left\n"
+        assert shown == expected
+    tracker.close()

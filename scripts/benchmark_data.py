@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
 def parquet(files: list[str]) -> list[str]:
     """Options that have a recipe read these files instead of its dataset."""
     instead = ["--dataset_name=parquet", "--dataset_config_name=none", "--dataset_split=train"]
-    return [*instead, "--dataset_revision=none", f"--data_files={','.join(files)}"]
+    return [*instead, "--dataset_revision=none", "--data_files", *files]
 
 
 def load(files: list[str], recipe_options: list[str]) -> Recipe:

@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hub_fixtures import english_documents, write_openwebtext
-from runs import PYTHON, ROOT, environment, launcher, run, timeless_metrics
+from runs import PYTHON, ROOT, environment, launcher, run, timeless_metrics, write_json_lines
+from tokenizers import Tokenizer
 
 from clm_owt.metrics import read_metrics
 
@@ -306,3 +309,37 @@ def test_an_option_that_cannot_be_is_named(parquet_files, tmp_path, option):
     result = prepare(options_for(parquet_files, tmp_path / "cache"), tmp_path, option)
     assert result.returncode == 2
     assert option.split("=")[0] in result.stderr and "does not work" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parquet", "json"])
+def test_a_document_of_200_megabytes_is_encoded_like_any_other(tmp_path, kind, gpt2_tokenizer_folder):
+    text = " ".join(english_documents())
+    documents = [
+        "a first one, to validate with " * 50,
+        (text * (200_000_000 // len(text) + 1))[:200_000_000],
+        "",
+        text,
+    ]
+    file = tmp_path / f"big.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": pa.array(documents, pa.large_string())}), file)
+    else:
+        write_json_lines(file, documents)
+    settings = {
+        "dataset_name": kind,
+        "train_tokenizer_vocab_size": "none",
+        "validation_documents": 1,
+        "block_size": 64,
+    }
+    options = options_for(str(file), tmp_path / "cache", **settings, tokenizer_name=gpt2_tokenizer_folder)
+    result = prepare(options, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "2 documents" in result.stdout and "1 empty documents" in " ".join(result.stdout.split())
+    result = prepare(options, tmp_path, "--export=nanogpt")
+    tokens = np.memmap(tmp_path / "train.bin", dtype=np.uint16, mode="r")
+    (end,) = np.flatnonzero(tokens == 50256)[:1]
+    tokenizer = Tokenizer.from_file(str(gpt2_tokenizer_folder / "tokenizer.json"))
+    assert tokenizer.decode(tokens[:2000].tolist()) == documents[1][: len(tokenizer.decode(tokens[:2000].tolist()))]
+    last = tokenizer.decode(tokens[end - 2000 : end].tolist())
+    assert documents[1].endswith(last) and len(last) > 2000

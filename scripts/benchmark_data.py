@@ -10,13 +10,15 @@ of this environment, until they are `--megabytes` long. Each way is a process of
     nanogpt        as nanoGPT prepares OpenWebText: datasets.map with tiktoken, a process a core, a memory-mapped file
     transformers   as the examples of transformers do: datasets.map(tokenize), datasets.map(group_texts)
 
-Each is timed for its first 30 MB of text, and for what comes after them, when encoders have seen most words. The rest
-of the table is about the store while it is built: memory, disk, the first optimizer step, the training beside it.
+Each is timed for its first 30 MB of text, and for what comes after them, when encoders have seen most words; imports
+are left out of all. The rest of the table is about the store while it is built: memory, disk, the first optimizer
+step, the training beside it.
 """
 
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -46,7 +48,13 @@ LARGE_BYTES = 2_000_000_000  # for what must not depend on the size
 SMALL_BYTES = 50_000_000
 OPENWEBTEXT_BYTES = 39.77e9  # of text, as the Hub's card of Skylion007/openwebtext says
 SMALL_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=128", "--block_size=256", "--effective_batch_size=8"]
-RUN = ["--max_steps=40", "--num_train_epochs=none", "--warmup_steps=0", "--eval_steps=1000", "--sample_steps=none"]
+RUN = [
+    "--max_steps=40",
+    "--num_train_epochs=none",
+    "--warmup_steps=0",
+    "--sample_steps=none",
+    "--validation_documents=20",
+]
 WAYS = ("read", "ours", "nanogpt", "transformers")
 
 
@@ -93,6 +101,9 @@ def read_only(files: list[str], recipe_options: list[str]) -> list[tuple[float, 
 
 
 def build_store(files: list[str], recipe_options: list[str]) -> list[tuple[float, int]]:
+    import awkward  # noqa: F401 (as datasets, imported where it is needed)
+    import datasets  # noqa: F401
+
     from clm_owt.data.builder import build
     from clm_owt.data.sources import resolve_source
 
@@ -141,11 +152,12 @@ def prepare_as_nanogpt(files: list[str], recipe_options: list[str]) -> list[tupl
 
 def prepare_as_transformers(files: list[str], recipe_options: list[str]) -> list[tuple[float, int]]:
     import datasets
-    from transformers import AutoTokenizer
+    import transformers
 
     recipe = load(files, recipe_options)
     datasets.disable_progress_bars()
-    tokenizer, size = AutoTokenizer.from_pretrained(recipe.tokenizer_name), recipe.block_size
+    transformers.logging.set_verbosity_error()
+    tokenizer, size = transformers.AutoTokenizer.from_pretrained(recipe.tokenizer_name), recipe.block_size
 
     def tokenize(examples: dict) -> dict:
         return tokenizer(examples[recipe.text_column])
@@ -266,13 +278,19 @@ class Benchmark:
             texts = list(environment_texts(self.options.megabytes * 1_000_000))
             self.described = f"{len(texts):,} Python and documentation files of this environment, all different"
         first = up_to(texts, FIRST_BYTES)
-        self.first = [write_parquet(texts[:first], self.folder / "first.parquet", column)]
-        self.after = [write_parquet(texts[first:], self.folder / "after.parquet", column)]
-        self.whole = self.first + self.after
+        self.first = self.write_files("first", texts[:first])
+        self.whole = self.first + self.write_files("after", texts[first:])
         self.sizes = {"first": text_bytes(self.first, column), "whole": text_bytes(self.whole, column)}
         self.small = [write_parquet(texts[: up_to(texts, SMALL_BYTES)], self.folder / "small.parquet", column)]
         copies = LARGE_BYTES // text_bytes(self.small, column)
         self.large = [shutil.copy(self.small[0], self.folder / f"large-{copy:03d}.parquet") for copy in range(copies)]
+
+    def write_files(self, name: str, texts: list[str], files: int = 3) -> list[str]:
+        bounds = [len(texts) * index // files for index in range(files + 1)]
+        return [
+            write_parquet(texts[start:stop], self.folder / f"{name}-{start}.parquet", self.recipe.text_column)
+            for start, stop in itertools.pairwise(bounds)
+        ]
 
     def process(
         self, way: str, files: list[str], cores: set[int] | None = None, cache: Path | None = None

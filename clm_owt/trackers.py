@@ -21,6 +21,7 @@ from clm_owt.recipe import Recipe
 RECORD = "trackers.json"
 CONNECT_SECONDS = 5
 WANDB_INIT_SECONDS = 30
+WANDB_FINISH_SECONDS = 60  # by default it waits for ever for a network that is gone
 
 
 class Trackers:
@@ -120,18 +121,27 @@ class Trackers:
 
     def _give_up(self, name: str, error: Exception) -> None:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        self._say(f"{name} failed ({reason}): the run goes on without it; metrics.jsonl has everything")
+        later = f"; to sync what it has: {self._wandb_sync('*run-*')}" if name == "wandb" else ""
+        self._say(f"{name} failed ({reason}): the run goes on without it; metrics.jsonl has everything{later}")
+
+    @property
+    def _wandb_folder(self) -> str:
+        return os.environ.get("WANDB_DIR") or str(self._folder)
+
+    def _wandb_sync(self, runs: str) -> str:
+        """The command that syncs later."""
+        return f"wandb sync {self._wandb_folder}/wandb/{runs}"
 
     def _start_wandb(self, run_id: str, config: dict[str, object], begun: bool) -> WandBTracker:
         import wandb
 
-        folder = Path(os.environ.get("WANDB_DIR") or self._folder)
+        seconds = {"init_timeout": WANDB_INIT_SECONDS, "finish_timeout": WANDB_FINISH_SECONDS}
         options = {
             "name": self._recipe.run_name,
             "id": run_id,
             "resume": "allow",
-            "dir": str(folder),
-            "settings": wandb.Settings(init_timeout=WANDB_INIT_SECONDS, silent=True),
+            "dir": self._wandb_folder,
+            "settings": wandb.Settings(**seconds, finish_timeout_raises=True, silent=True),
         }
         mode = os.environ.get("WANDB_MODE")
         reason = wandb_obstacle() if mode is None else None
@@ -140,10 +150,11 @@ class Trackers:
             tracker.start()
         except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError) as error:
             reason = " ".join(str(error).split())
+            wandb.teardown()  # the online run that was begun holds the id
             tracker = WandBTracker(self._recipe.wandb_project, **options, mode="offline")
             tracker.start()
         if reason:
-            self._say(f"W&B is offline ({reason}); to sync it later: wandb sync {folder}/wandb/offline-run-*")
+            self._say(f"W&B is offline ({reason}); to sync it later: {self._wandb_sync('offline-run-*')}")
         elif tracker.run.url:
             self._say(f"W&B: {tracker.run.url}")
         tracker.store_init_configuration(config)

@@ -4,13 +4,12 @@ accelerate launch run_clm_owt.py --recipe recipes/owt_512.yaml
 """
 
 import contextlib
-import errno
 import os
 import sys
 from pathlib import Path
 
 from clm_owt.recipe import InputError, Recipe, exit_with, read_command_line
-from clm_owt.stopping import RunFailed, StopRequest, close_output, tell
+from clm_owt.stopping import RunFailed, StopRequest, close_output, disk_is_full, tell
 
 
 def run(recipe: Recipe, plan_only: bool, stop: StopRequest) -> None:
@@ -46,6 +45,8 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest) -> None:
         begun = processes.on_main(run_folder.find_begun_run, recipe)
         if begun.finished:
             return say(*processes.on_main(run_folder.summarize, Path(recipe.output_dir)))
+        if begun.resumed_after:
+            stop.reached = f"after step {begun.resumed_after[-1]}, saved"
         if not plan_only:
             say(*processes.on_main(hub.check_repository, recipe))
 
@@ -162,8 +163,8 @@ def main(argv: list[str]) -> None:
         if os.environ.get("RANK", "0") == "0":
             tell(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not disk_is_full(error):
             raise
         tell(f"error: {error}; make room, and the same command continues", file=sys.stderr)
         sys.exit(1)

@@ -255,7 +255,7 @@ def prune(folder: Path, total_limit: int) -> None:
     For the one that writes them, after a write: nothing that ends in PARTIAL is in use then.
     """
     everything = checkpoints(folder)
-    best = min(everything, key=validation_loss)
+    best = min(everything, key=validation)
     for old in everything[total_limit:]:
         if old != best:
             remove(old)
@@ -263,13 +263,14 @@ def prune(folder: Path, total_limit: int) -> None:
         shutil.rmtree(leftover)
 
 
-def validation_loss(checkpoint: Path) -> float:
-    """The last validation loss at or before a checkpoint; infinite where there is none."""
+def validation(checkpoint: Path) -> tuple[float, int]:
+    """The last validation loss at or before a checkpoint (infinite where there is none), and how many steps before."""
     try:
-        loss = json.loads((checkpoint / "state.json").read_text())["validation_loss"]
+        state = json.loads((checkpoint / "state.json").read_text())
+        loss, age = state["validation_loss"], state["step"] - state["validated_step"]
     except (OSError, ValueError, KeyError, TypeError):
-        return math.inf
-    return math.inf if loss is None or math.isnan(loss) else loss
+        return math.inf, 0
+    return (math.inf, 0) if loss is None or math.isnan(loss) else (loss, age)
 
 
 def checkpoints(folder: Path) -> list[Path]:

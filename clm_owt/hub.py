@@ -223,6 +223,7 @@ class HubUploads:
             self._closed = True
             self._changed.notify_all()
         self._say(f"Uploading to {self._recipe.hub_model_id}")
+        stop.reached, stop.way_on = "before the upload had ended", f"to repeat it: python scripts/push.py {self._run}"
         while self._thread.is_alive():
             self._thread.join(timeout=0.2)
             stop.check()

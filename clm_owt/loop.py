@@ -1,5 +1,6 @@
 """The rhythm of a run: evaluate, sample, save, step, log."""
 
+import contextlib
 import functools
 import math
 import time
@@ -80,7 +81,7 @@ def train(run: Run, state: TrainState) -> None:
     recipe, last = run.recipe, run.total_steps
     began = time.monotonic() - state.elapsed_seconds
     run.checkpoints.saved_step = state.step  # at the beginning there is nothing to save, later it is saved already
-    save_tried = state.step
+    saved = done_at_step(state)
     guard = OutlierGuard(state.recent_losses, state.recent_grad_norms) if recipe.skip_outliers else None
     try:
         while True:
@@ -91,10 +92,10 @@ def train(run: Run, state: TrainState) -> None:
                 write_samples(run, state)
             # While numbers go wrong the last checkpoint stays one from before.
             sound = state.not_finite_in_a_row == 0 or step == last
-            if due(step, recipe.save_steps, last) and save_tried < step and sound:
+            if due(step, recipe.save_steps, last) and step > 0 and sound and done_at_step(state) != saved:
                 state.elapsed_seconds = time.monotonic() - began
                 save(run, state)
-                save_tried = step
+                saved = done_at_step(state)
             if step == last:
                 break
 
@@ -117,13 +118,25 @@ def train(run: Run, state: TrainState) -> None:
                     "longer warm-up, and another output_dir"
                 )
         finish_saving(run)
+        run.stop.reached = f"after step {last}, saved"
+        run.processes.agree_to_stop(run.stop)
     except Stopped:
         state.elapsed_seconds = time.monotonic() - began
         save_at_stop(run, state)
         raise
+    except RuntimeError:  # such as a connection that is lost to a process that died
+        run.checkpoints.wait()
+        if state.step:
+            run.stop.reached = f"after step {state.step}, saved up to step {run.checkpoints.saved_step}"
+        raise
     finally:
         run.checkpoints.wait()
     state.elapsed_seconds = time.monotonic() - began
+
+
+def done_at_step(state: TrainState) -> tuple[int, int, int]:
+    """Tells a checkpoint from one of the same step that a stop left before its validation or samples."""
+    return state.step, state.validated_step, state.sampled_step
 
 
 def save(run: Run, state: TrainState) -> None:
@@ -154,6 +167,8 @@ def save_at_stop(run: Run, state: TrainState) -> None:
     if saved_step < state.step:
         run.checkpoints.write(take_snapshot(state, run.model, run.optimizer, run.processes))
         run.checkpoints.wait()
+        # Together: when one of its processes has left, a launcher sends the one that still writes a second signal.
+        run.processes.gather(None)
     if state.step == 0:
         return
     saved = "saved" if run.checkpoints.saved_step == state.step else f"saved up to step {run.checkpoints.saved_step}"
@@ -222,6 +237,7 @@ def accumulate_gradients(run: Run, state: TrainState) -> torch.Tensor:
     sums = torch.zeros(5, device=run.accelerator.device)
     out_of_memory = False
     try:
+        run.blocks.wait_for(state.position + run.recipe.effective_batch_size)
         for piece in cut(run.recipe.effective_batch_size, run.processes.count, run.processes.rank, state.micro_batch):
             run.stop.check()
             sums += forward_and_backward(run, state, piece)
@@ -245,10 +261,14 @@ def accumulate_gradients(run: Run, state: TrainState) -> torch.Tensor:
 
 def accumulate_sharded_gradients(run: Run, state: TrainState) -> torch.Tensor:
     """The same under FSDP2, where forward and backward gather parameters from all processes: as many micro-batches on
-    each, agreement before the last backward, which alone reduces the gradients. Memory that ends inside a
-    collective cannot be agreed on: that raises, and the others end with the launcher or their process group's timeout.
+    each, agreement before the last backward, which alone reduces the gradients, and before the first forward, so that
+    none leaves while it waits for data. Memory that ends inside a collective cannot be agreed on: that raises, and the
+    others end with the launcher or their process group's timeout.
     """
     recipe, processes = run.recipe, run.processes
+    with contextlib.suppress(Stopped):
+        run.blocks.wait_for(state.position + recipe.effective_batch_size)
+    processes.agree_to_stop(run.stop)
     pieces = cut(recipe.effective_batch_size, processes.count, processes.rank, state.micro_batch, equal_counts=True)
     sums = torch.zeros(5, device=run.accelerator.device)
     try:

@@ -1,6 +1,7 @@
 """How a run ends before its end: told to stop by a signal, left by its launcher, or failed for a known reason."""
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -15,6 +16,9 @@ import psutil
 # Signals that come within so many seconds are one: a Ctrl-C reaches a process from the terminal and, forwarded, from
 # its launcher; a scheduler signals the batch script and its steps.
 ECHO_SECONDS = 1.0
+
+# A launcher that sees one of its processes leave tells the others to stop within so many seconds.
+LAUNCHER_SECONDS = 3.0
 
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed.run")
 
@@ -42,7 +46,9 @@ class StopRequest:
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
-        self.reached = "before the first step"  # how far the run is and what is saved of it, for the last line
+        # For the last line: how far the run is and what is saved of it, and what to do.
+        self.reached = "before the first step"
+        self.way_on = "the same command continues"
         self._received: int | None = None
         self._at_once = True
         self._launcher = os.getppid() if launched() else None
@@ -50,22 +56,38 @@ class StopRequest:
     @contextlib.contextmanager
     def listening(self) -> Iterator[Self]:
         """Listen, and where that ends the run say how to continue."""
-        previous = {signum: signal.signal(signum, self._on_signal) for signum in self.SIGNALS}
+        previous = {signum: signal.getsignal(signum) for signum in self.SIGNALS}
         receiver, sender = socket.socketpair()
         sender.setblocking(False)
         previous_fd = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(receiver,), name="signals", daemon=True).start()
         try:
-            yield self
+            for signum in self.SIGNALS:
+                signal.signal(signum, self._on_signal)
+            with self._wait_for_the_launcher():
+                yield self
         except Stopped as stopped:
             if os.environ.get("RANK", "0") == "0":
-                tell(f"Stopped by {stopped.name} {self.reached}; the same command continues")
+                tell(f"Stopped by {stopped.name} {self.reached}; {self.way_on}")
+            # Only the exit is left, and no further signal, as a launcher sends, is to change its status.
+            previous = dict.fromkeys(self.SIGNALS, signal.SIG_IGN)
             raise
         finally:
             signal.set_wakeup_fd(previous_fd)
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
             sender.close()
+
+    @contextlib.contextmanager
+    def _wait_for_the_launcher(self) -> Iterator[None]:
+        """The others of a process that left (killed, or told to stop before the first step) lose their connection to
+        it. That is no error of theirs: they are about to be told to stop as well."""
+        try:
+            yield
+        except RuntimeError:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                time.sleep(LAUNCHER_SECONDS)
+            raise
 
     @contextlib.contextmanager
     def between_steps(self) -> Iterator[None]:
@@ -119,6 +141,12 @@ def launched() -> bool:
     except psutil.Error:
         return False
     return any(launcher in os.path.basename(word) for word in command[:4] for launcher in LAUNCHERS)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error says so: an OSError, or one of the libraries in Rust (safetensors, tokenizers)."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
 
 
 def tell(*lines: str, file: TextIO | None = None) -> None:

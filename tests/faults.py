@@ -11,9 +11,11 @@ import argparse
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -25,6 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import yaml
 from hub_fixtures import english_documents
 from runs import PYTHON, environment, launcher, timeless_metrics, write_json_lines
@@ -63,6 +66,7 @@ RECIPE = {
     "sample_max_new_tokens": 8,
     "save_total_limit": 3,
 }
+SHORT = {"n_layer": 1, "sample_max_new_tokens": 2, "eval_steps": 30}  # for the short form, which is to take a minute
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
 
 
@@ -88,7 +92,11 @@ class Bench:
 
     def __post_init__(self) -> None:
         data = write_json_lines(self.folder / "documents.jsonl", english_documents()[900:943])
-        content = RECIPE | {"data_files": str(data), "data_cache_dir": str(self.folder / "cache")}
+        content = (
+            RECIPE
+            | (SHORT if self.short else {})
+            | {"data_files": str(data), "data_cache_dir": str(self.folder / "cache")}
+        )
         self.recipe = self.folder / "small.yaml"
         self.recipe.write_text(yaml.safe_dump(content))
         self.reference = self.undisturbed("reference", 1)  # builds the store
@@ -173,6 +181,15 @@ def wait_for_cpu(job: Job, seconds: float) -> None:
         time.sleep(0.002)
 
 
+def wait_for_handlers(job: Job) -> None:
+    """Until the process listens to signals, which Python itself does not, or is gone."""
+    while job.poll() is None:
+        caught = int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{job.pid}/status").read_text())[1], 16)
+        if caught >> (signal.SIGUSR1 - 1) & 1:
+            return
+        time.sleep(0.002)
+
+
 def at_step(number: int, action: Callable[[], None]) -> Callable[[], None]:
     """For `before`: `action` is called when step `number` begins."""
 
@@ -193,19 +210,50 @@ def kill_myself(signum: int = signal.SIGKILL) -> None:
     os.kill(os.getpid(), signum)
 
 
+def slow_saves(seconds: float) -> Callable[[], None]:
+    """For `before`: a save, of four files, takes so many seconds."""
+
+    def patch() -> None:
+        fingerprint = checkpoint.fingerprint
+        checkpoint.fingerprint = lambda file: time.sleep(seconds / 4) or fingerprint(file)
+
+    return patch
+
+
+def slow_snapshots(seconds: float) -> None:
+    take_snapshot = loop.take_snapshot
+    loop.take_snapshot = lambda *arguments: time.sleep(seconds) or take_snapshot(*arguments)
+
+
+def last_step(job: Job) -> str:
+    """The last step that a run told of."""
+    steps = re.findall(r"^step \d+", job.text, re.MULTILINE)
+    return steps[-1] if steps else "before the first step"
+
+
+def wait_until(job: Job, text: str) -> None:
+    deadline = time.monotonic() + 240
+    while text not in job.text:
+        expect(job.poll() is None and time.monotonic() < deadline, f"it did not come to '{text}'", job)
+        time.sleep(0.01)
+
+
 # Scenarios: each yields one line of what happened per fault, and raises Lost.
 
 
 def killed(bench: Bench) -> Iterator[str]:
     """SIGKILL at a random instant, continued"""
-    for _ in range(3 if bench.short else 40):
-        home, instant = bench.home(), bench.instant()
-        (job,) = bench.start(home)
-        wait_for_cpu(job, instant)
-        job.kill()
-        whole = checkpoint.checkpoints(bench.run_of(home) / "checkpoints")
+    for _ in range(2 if bench.short else 40):
+        while True:  # a run that had ended was not killed: another instant
+            home, instant = bench.home(), bench.instant()
+            (job,) = bench.start(home)
+            wait_for_cpu(job, instant)
+            job.kill()
+            if job.status == -signal.SIGKILL:
+                break
+        told, whole = last_step(job), checkpoint.checkpoints(bench.run_of(home) / "checkpoints")
         bench.finish(home)
-        yield f"after {instant:.2f} s of CPU time, at {whole[0].name if whole else 'no checkpoint yet'}"
+        yield f"after {instant:.2f} s of CPU time, {told}, {whole[0].name if whole else 'no checkpoint yet'}"
 
 
 def killed_over_and_over(bench: Bench) -> Iterator[str]:
@@ -222,38 +270,43 @@ def killed_over_and_over(bench: Bench) -> Iterator[str]:
 
 def killed_of_two(bench: Bench) -> Iterator[str]:
     """SIGKILL of one of 2 processes, or both"""
-    for i in range(1 if bench.short else 12):
-        home, instant, victims = bench.home(), bench.instant(), ((0,), (1,), (0, 1))[i % 3]
-        jobs = bench.start(home, 2)
-        wait_for_cpu(jobs[victims[0]], instant)
-        for victim in victims:
-            jobs[victim].send(signal.SIGKILL)
+    for i in range(1 if bench.short else 40):
+        victims = ((0,), (1,), (0, 1))[i % 3]
+        while True:
+            home, instant = bench.home(), bench.instant()
+            jobs = bench.start(home, 2)
+            wait_for_cpu(jobs[victims[0]], instant)
+            for victim in victims:
+                jobs[victim].kill()
+            if any(jobs[victim].status == -signal.SIGKILL for victim in victims):
+                break
+            for job in jobs:
+                job.wait()
         began = time.monotonic()
         for job in jobs:
-            expect(job.wait(PROCESS_GROUP_TIMEOUT + 40) is not None, "the survivor hangs", *jobs)
+            expect(job.wait(PROCESS_GROUP_TIMEOUT + 10) is not None, "the survivor hangs", *jobs)
         took = time.monotonic() - began
-        for job in jobs:
-            job.kill()
+        told = last_step(jobs[0])
         bench.finish(home, bench.reference_of_two, 2)
-        yield f"rank {' and '.join(map(str, victims))} after {instant:.2f} s; all had ended {took:.1f} s later"
+        yield f"rank {' and '.join(map(str, victims))} after {instant:.2f} s, {told}; all had ended {took:.1f} s later"
 
 
 def killed_during_a_save(bench: Bench) -> Iterator[str]:
     """SIGKILL between any two file operations of a save"""
     operations = [
-        (checkpoint, "save_file"), (checkpoint, "fingerprint"), (checkpoint, "flush_to_disk"),
+        (checkpoint, "save_file"), (checkpoint, "fingerprint"), (checkpoint, "flush_to_disk"), (os, "unlink"),
         (checkpoint.shutil, "rmtree"), (Path, "rename"), (Path, "write_text"), (Path, "mkdir"),
     ]  # fmt: skip
 
     def patch(number: int, save: int) -> None:
-        """Be killed before the `number`-th operation of the `save`-th save, or after the last."""
-        calls, saves = 0, 0
+        """Be killed before the `number`-th operation of the `save`-th save, if it has so many."""
+        calls, saves, counting = 0, 0, False
         write = checkpoint.CheckpointWriter._write
 
         def counted(original):
             def call(*arguments, **more):
                 nonlocal calls
-                if saves == save:
+                if counting:
                     calls += 1
                     if calls == number:
                         kill_myself()
@@ -262,20 +315,22 @@ def killed_during_a_save(bench: Bench) -> Iterator[str]:
             return call
 
         def counted_write(writer, snapshot):
-            nonlocal saves
+            nonlocal saves, counting
             saves += 1
+            counting = saves == save
             write(writer, snapshot)
-            if saves == save:
-                kill_myself()
+            counting = False
 
         for owner, name in operations:
             setattr(owner, name, counted(getattr(owner, name)))
         checkpoint.CheckpointWriter._write = counted_write
 
-    for number in (5, 18) if bench.short else range(1, 28):
+    for number in [22] if bench.short else itertools.count(1):
         home = bench.home()
         (job,) = bench.start(home, before=functools.partial(patch, number, 4))  # the fourth is the first that prunes
-        expect(job.wait() == -signal.SIGKILL, f"status {job.status}", job)
+        if job.wait() == 0 and number > 20:
+            return  # there is no such operation any more
+        expect(job.status == -signal.SIGKILL, f"status {job.status}", job)
         left = sorted(path.name for path in (bench.run_of(home) / "checkpoints").iterdir())
         bench.finish(home)
         yield f"before operation {number}, leaving {', '.join(left)}"
@@ -352,27 +407,86 @@ def signalled(bench: Bench) -> Iterator[str]:
     """SIGTERM, SIGINT, SIGUSR1 at a random instant, continued"""
     for signum, status in STATUS.items():
         for _ in range(1 if bench.short else 20):
-            finished = True
-            while finished:  # a signal after the run's last word is none to the run: another instant
+            while True:
                 home, instant = bench.home(), bench.instant(0.9)
                 (job,) = bench.start(home)
-                wait_for_cpu(job, max(instant, 0.05))  # the handler is there
-                finished = "Finished" in job.text
+                wait_for_cpu(job, instant)
+                wait_for_handlers(job)
                 began = time.monotonic()
                 job.send(signum)
                 job.wait(60)
                 took = time.monotonic() - began
+                if "Finished" not in job.text:  # a signal after the run's last word is none to the run
+                    break
             expect(job.status == status, f"{signum.name} after {instant:.2f} s: status {job.status}", job)
             expect("the same command continues" in job.text and "Traceback" not in job.text, "not said", job)
-            said = next(line for line in job.text.splitlines() if line.startswith("Stopped by"))
-            text = bench.finish(home)
-            reached = said.split(" after step ")[1].split(",")[0] if "after step" in said else "0"
-            expect(reached == "0" or f"Continuing after step {reached}," in text, f"{said}, but then: {text[:2000]}")
+            said = what_was_said(job)
+            expect_continuation(said, bench.finish(home))
             yield f"{said} ({took:.1f} s)"
 
 
+def what_was_said(job: Job) -> str:
+    said = [line for line in job.text.splitlines() if line.startswith("Stopped by")]
+    expect(len(said) == 1 and said[0].endswith("; the same command continues"), f"said: {said}", job)
+    expect("Traceback" not in job.text, "a traceback", job)
+    expect("saved up to" not in said[0], "the last step is not saved", job)
+    return said[0]
+
+
+def expect_continuation(said: str, text: str) -> None:
+    """`text`, of the next session, takes up where the last one `said` it was."""
+    steps = re.findall(r" step (\d+)", said)
+    continued = f"Continuing after step {steps[-1]}," in text if steps else "Continuing" not in text
+    expect(continued, f"{said}, but then: {text[:2000]}")
+
+
+def signalled_of_two(bench: Bench) -> Iterator[str]:
+    """A signal to one of 2 processes, or to both, at a random instant, continued"""
+    for i in range(0 if bench.short else 18):
+        signum, status = list(STATUS.items())[i % 3]
+        victims = ((1,), (0, 1), (0,))[i // 3 % 3]
+        while True:
+            home, instant = bench.home(), bench.instant(0.9 if i < 9 else 0.15)
+            jobs = bench.start(home, 2)
+            wait_for_cpu(jobs[victims[0]], instant)
+            for job in jobs:
+                wait_for_handlers(job)
+            for victim in victims:
+                jobs[victim].send(signum)
+            await_as_a_launcher(jobs)
+            if "Finished" not in jobs[0].text:
+                break
+        statuses = [job.status for job in jobs]
+        expect(set(statuses) <= {status, 143} and status in statuses, f"statuses {statuses}", *jobs)
+        expect("Traceback" not in jobs[1].text, "a traceback", jobs[1])
+        said = what_was_said(jobs[0])
+        expect_continuation(said, bench.finish(home, bench.reference_of_two, 2))
+        yield f"rank {' and '.join(map(str, victims))}: {said}"
+    home = bench.home()  # told again by the launcher as soon as one of them leaves
+    before, options = lambda: (slow_snapshots(1.2), slow_saves(2.0)()), ["--save_steps", "1000"]
+    jobs = bench.start(home, 2, before, options)
+    wait_until(jobs[0], "step 14/")
+    for job in jobs:
+        job.send(signal.SIGUSR1)
+    await_as_a_launcher(jobs)
+    said = what_was_said(jobs[0])
+    expect([job.status for job in jobs] == [138, 138], f"statuses {[job.status for job in jobs]}", *jobs)
+    expect_continuation(said, bench.finish(home, bench.reference_of_two, 2))
+    yield f"both, with a save that takes seconds: {said}"
+
+
+def await_as_a_launcher(jobs: list[Job]) -> None:
+    """Wait for all; once one has failed, tell the others to stop, as torchrun does."""
+    while all(job.poll() in (None, 0) for job in jobs) and any(job.poll() is None for job in jobs):
+        time.sleep(0.005)
+    for job in jobs:
+        job.send(signal.SIGTERM)
+    for job in jobs:
+        expect(job.wait(60) is not None, "hangs", *jobs)
+
+
 def signalled_where_it_takes_long(bench: Bench) -> Iterator[str]:
-    """A signal in the midst of validation, of sampling, of the search for a batch size, of a wait for data"""
+    """A signal in the midst of validation, sampling, the search for a batch size, a wait for data, the export"""
 
     def in_validation() -> None:
         forward, calls = modeling.GPT2ForPretraining.forward, 0
@@ -387,16 +501,17 @@ def signalled_where_it_takes_long(bench: Bench) -> Iterator[str]:
         modeling.GPT2ForPretraining.forward = patched
 
     def in_sampling() -> None:
-        forward, calls = modeling.GPT2ForPretraining.forward, 0
+        sample, rounds = loop.sample, 0
 
-        def patched(model, *arguments, **more):
-            nonlocal calls
-            calls += not model.training and more.get("labels") is None
-            if calls == 5:
-                kill_myself(signal.SIGINT)
-            return forward(model, *arguments, **more)
+        def patched(*arguments, check, **more):
+            nonlocal rounds
+            rounds += 1  # the third is the last, after all steps
+            return sample(*arguments, check=lambda: (rounds == 3 and kill_myself(signal.SIGINT), check()), **more)
 
-        modeling.GPT2ForPretraining.forward = patched
+        loop.sample = patched
+
+    def in_restoring() -> None:
+        checkpoint.restore = lambda *arguments: kill_myself(signal.SIGTERM) or time.sleep(60)
 
     def in_search() -> None:
         from clm_owt import batching
@@ -417,61 +532,59 @@ def signalled_where_it_takes_long(bench: Bench) -> Iterator[str]:
     def in_wait_for_data_later() -> None:
         from clm_owt.data.order import TrainingBlocks
 
-        read, calls = TrainingBlocks.read, 0
+        wait_for = TrainingBlocks.wait_for
 
-        def patched(blocks, *arguments):
-            nonlocal calls
-            calls += 1
-            if calls == 20:
+        def patched(blocks, stop):
+            wait_for(blocks, stop)
+            if stop > 20 * RECIPE["effective_batch_size"] and os.environ.get("RANK", "0") == "0":
                 kill_myself(signal.SIGTERM)
-                time.sleep(0.05)
                 blocks.check("a shard")
-            return read(blocks, *arguments)
 
-        TrainingBlocks.read = patched
+        TrainingBlocks.wait_for = patched
+
+    def in_export() -> None:
+        def patched(*arguments, **more):
+            kill_myself(signal.SIGINT)
+            time.sleep(60)
+
+        modeling.GPT2ForPretraining.save_pretrained = patched
 
     cases = {
         "validation": (in_validation, 143),
+        "export": (in_export, 130),
         "sampling": (in_sampling, 130),
         "search for a batch size": (in_search, 138),
+        "restoring": (in_restoring, 143),
         "first wait for data": (in_wait_for_data, 143),
         "later wait for data": (in_wait_for_data_later, 143),
     }
     for name, (before, status) in list(cases.items())[:2] if bench.short else cases.items():
         home = bench.home()
+        if name == "restoring":
+            interrupted_at(bench, 33, home)
         (job,) = bench.start(home, before=before)
         expect(job.wait(60) == status, f"{name}: status {job.status}", job)
-        expect("the same command continues" in job.text and "Traceback" not in job.text, "not said", job)
-        bench.finish(home)
-        yield name
+        said = what_was_said(job)
+        expect_continuation(said, bench.finish(home))
+        yield f"{name}: {said}"
 
 
 def signalled_twice(bench: Bench) -> Iterator[str]:
     """A second signal while the save of the first is written"""
 
-    def slow_save() -> None:
-        fingerprint = checkpoint.fingerprint
-
-        def patched(file):
-            time.sleep(1.0)
-            return fingerprint(file)
-
-        checkpoint.fingerprint = patched
-
     for _ in range(1 if bench.short else 5):
         home = bench.home()
         options = ["--save_steps", "1000"]
         interrupted_at(bench, 12, home)
-        (job,) = bench.start(home, before=slow_save, options=options)
-        while job.poll() is None and "step 14/" not in job.text:
-            time.sleep(0.01)
+        (job,) = bench.start(home, before=at_step(13, slow_saves(20.0)), options=options)
+        wait_until(job, "step 14/")
         job.send(signal.SIGTERM)
-        time.sleep(1.5)
+        time.sleep(1.2)
         began = time.monotonic()
         job.send(signal.SIGTERM)
         job.wait(30)
         took = time.monotonic() - began
-        expect(job.status == 143 and took < 1.0, f"status {job.status} after {took:.1f} s", job)
+        expect(job.status == 143 and took < 5.0, f"status {job.status} after {took:.1f} s", job)
         whole = checkpoint.checkpoints(bench.run_of(home) / "checkpoints")
         expect(all(checkpoint.damage(path) is None for path in whole), "a checkpoint is damaged", job)
         bench.finish(home)
@@ -479,14 +592,24 @@ def signalled_twice(bench: Bench) -> Iterator[str]:
 
 
 def launched(bench: Bench) -> Iterator[str]:
-    """Signals to `accelerate launch` with 1 and with 2 processes, and SIGKILL of it"""
-    cases = [(1, signal.SIGTERM), (1, signal.SIGKILL), (2, signal.SIGTERM), (2, signal.SIGINT), (2, signal.SIGKILL)]
-    for processes, signum in [] if bench.short else cases:
+    """Signals to `accelerate launch` with 1 and with 2 processes, or to these alone; SIGKILL of the launcher"""
+    cases = [
+        (1, signal.SIGTERM, "launcher"), (1, signal.SIGKILL, "launcher"), (1, signal.SIGUSR1, "process"),
+        (2, signal.SIGTERM, "launcher"), (2, signal.SIGINT, "launcher"), (2, signal.SIGKILL, "launcher"),
+        (2, signal.SIGTERM, "processes"), (2, signal.SIGUSR1, "first process"), (2, signal.SIGINT, "last process"),
+        (2, signal.SIGKILL, "last process"),
+    ]  # fmt: skip
+    for processes, signum, victim in [] if bench.short else cases:
         home = bench.home()
         home.mkdir()
         config = "cpu.yaml" if processes == 1 else "cpu_2proc.yaml"
         command = [*launcher(config), *bench.argv()]
-        env = environment(home, ACCELERATE_USE_CPU="true")
+        # A save takes seconds.
+        (home / "sitecustomize.py").write_text(
+            "import hashlib, time\ndigest = hashlib.file_digest\n"
+            "hashlib.file_digest = lambda *arguments: time.sleep(0.5) or digest(*arguments)\n"
+        )
+        env = environment(home, ACCELERATE_USE_CPU="true", PYTHONPATH=str(home))
         job = Job(0, home / "job.out", home / "job.err")
         with job.output.open("w") as output, job.errors.open("w") as errors:
             process = subprocess.Popen(command, cwd=home, env=env, stdout=output, stderr=errors)
@@ -495,15 +618,16 @@ def launched(bench: Bench) -> Iterator[str]:
             while "step 8/" not in job.text:
                 expect(process.poll() is None and time.monotonic() < deadline, "it did not come to step 8", job)
                 time.sleep(0.02)
-            import psutil
-
             workers = [
                 p
                 for p in psutil.Process(process.pid).children(recursive=True)
                 if "run_clm_owt.py" in " ".join(p.cmdline())
             ]
             began = time.monotonic()
-            process.send_signal(signum)
+            workers.sort(key=lambda worker: int(worker.environ().get("RANK", "0")))
+            victims = {"launcher": [process], "first process": workers[:1], "last process": workers[-1:]}
+            for one in victims.get(victim, workers):
+                one.send_signal(signum)
             process.wait(60)
             _, alive = psutil.wait_procs(workers, timeout=60)
             took = time.monotonic() - began
@@ -512,12 +636,11 @@ def launched(bench: Bench) -> Iterator[str]:
             process.kill()
         reference = bench.reference if processes == 1 else bench.reference_of_two
         said = [line for line in job.text.splitlines() if line.startswith("Stopped by")]
-        expect(said or signum == signal.SIGKILL, "not said", job)
-        text = bench.finish(home, reference, processes)
-        if said:
-            step = said[0].split(" after step ")[1].split(",")[0]
-            expect(f"Continuing after step {step}," in text, f"{said[0]}, but then: {text[:2000]}")
-        yield f"{signum.name} to the launcher of {processes}: {said[0] if said else 'ended'} ({took:.1f} s)"
+        expect(len(said) == 1, "not said", job)
+        lost = "saved up to" in said[0]
+        expect(not lost or (signum, victim) == (signal.SIGKILL, "last process"), "the last step is not saved", job)
+        expect_continuation(said[0], bench.finish(home, reference, processes))
+        yield f"{signum.name} to the {victim} (of {processes}): {said[0]} ({took:.1f} s)"
 
 
 def not_finite(bench: Bench) -> Iterator[str]:
@@ -567,7 +690,7 @@ def not_finite(bench: Bench) -> Iterator[str]:
         expect("step 23: skipped (not finite)" in job.text, "not said", job)
         weights.add((bench.run_of(home) / "model/model.safetensors").read_bytes())
         yield f"{kind}, step 23: skipped"
-        if bench.short and kind != "data":
+        if bench.short and kind != "loss":
             continue
         home = bench.home()
         (job,) = bench.start(home, before=functools.partial(inject, kind, range(24, 60)))
@@ -578,6 +701,39 @@ def not_finite(bench: Bench) -> Iterator[str]:
         bench.finish(home)  # without the fault
         yield f"{kind}, from step 24: ended after 3 steps, the last checkpoint is of step 20"
     expect(len(weights) == 1, "a skipped step left something in the weights")
+
+
+def outliers(bench: Bench) -> Iterator[str]:
+    """A gradient a thousand times too large, with skip_outliers; killed before and after it"""
+
+    def inject() -> None:
+        loop.OutlierGuard.WINDOW, loop.OutlierGuard.LIMIT = 20, 4.0  # 60 steps do not fill its own
+        original = loop.forward_and_backward
+
+        def patched(run, state, piece, **more):
+            sums = original(run, state, piece, **more)
+            if state.step + 1 == 33:
+                for parameter in run.model.parameters():
+                    parameter.grad *= 1000.0
+            return sums
+
+        loop.forward_and_backward = patched
+
+    options = ["--skip_outliers", "true", "--output_dir", "runs/small"]
+    homes = [bench.home(), bench.home()]
+    for home, kills in zip(homes, ((), (32, 36)), strict=True):
+        for step in kills:
+            (job,) = bench.start(
+                home, before=lambda step=step: (inject(), at_step(step, kill_myself)()), options=options
+            )
+            expect(job.wait() == -signal.SIGKILL, f"status {job.status}", job)
+        (job,) = bench.start(home, before=inject, options=options)
+        expect(job.wait() == 0, f"status {job.status}", job)
+        skipped = [row for row in read_metrics(bench.run_of(home) / "metrics.jsonl") if "skipped" in row]
+        expect([(row["step"], row["skipped"]) for row in skipped] == [(33, "outlier")], f"skipped {skipped}", job)
+        expect(len(skipped[0]["block_ids"]) == 8 and "step 33: skipped (outlier)" in job.text, f"{skipped}", job)
+        bench.compare(home, homes[0], [job])
+        yield f"step 33: skipped; killed in {kills or 'no step'}: the same"
 
 
 @contextlib.contextmanager
@@ -601,7 +757,7 @@ def fill(folder: Path) -> None:
 
 
 def full_disk(bench: Bench) -> Iterator[str]:
-    """A full disk: during saves and logging, for a while and for good; during data building"""
+    """A full disk: during saves and logging, for a while and for good; during export and data building"""
 
     def full_between(disk: Path, first: int, last: int) -> None:
         at_step(first, lambda: fill(disk))()
@@ -646,6 +802,19 @@ def full_disk(bench: Bench) -> Iterator[str]:
         (home / "filler").unlink()
         on_disk(home)
         yield "full and told to stop: continued from the last save"
+    with small_disk(bench.home(), "8m") as home:
+        original = modeling.GPT2ForPretraining.save_pretrained
+
+        def full_for_export():
+            modeling.GPT2ForPretraining.save_pretrained = lambda *a, **k: (fill(home), original(*a, **k))
+
+        (job,) = bench.start(home, before=full_for_export)
+        expect(job.wait() == 1 and "Traceback" not in job.text, f"status {job.status}", job)
+        (job,) = bench.start(home)
+        expect(job.wait() == 1 and "Traceback" not in job.text, f"status {job.status}", job)
+        (home / "filler").unlink()
+        on_disk(home)
+        yield "full during the export, and still when continued: ended with an error each time, continued"
     with small_disk(bench.home(), "16k") as disk:
         home = bench.home()
         options = ["--data_cache_dir", str(disk / "cache")]
@@ -801,8 +970,8 @@ SCENARIOS = {
     function.__name__: function
     for function in (
         killed, killed_over_and_over, killed_of_two, killed_during_a_save, killed_while_building, damaged, signalled,
-        signalled_where_it_takes_long, signalled_twice, launched, not_finite, full_disk, other_topology, shared_cache,
-        resumed_late, malformed_recipes, malformed_data, secrets,
+        signalled_where_it_takes_long, signalled_of_two, signalled_twice, launched, not_finite, outliers, full_disk,
+        other_topology, shared_cache, resumed_late, malformed_recipes, malformed_data, secrets,
     )
 }  # fmt: skip
 

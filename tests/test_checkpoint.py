@@ -104,10 +104,18 @@ def test_older_checkpoints_are_pruned_after_the_new_one_is_whole(tmp_path):
 def test_the_best_by_validation_loss_is_kept_besides(tmp_path):
     writer = CheckpointWriter(tmp_path, total_limit=2)
     for number, loss in ((5, 3.0), (10, 2.0), (15, None), (20, float("nan")), (25, 2.5), (30, 2.0)):
-        writer.write(snapshot_at(number, validation_loss=loss))
+        writer.write(snapshot_at(number, validation_loss=loss, validated_step=number))
         writer.wait()
         kept = [int(path.name[-8:]) for path in checkpoints(tmp_path)]
         assert kept == {5: [5], 10: [10, 5], 15: [15, 10], 20: [20, 15, 10], 25: [25, 20, 10], 30: [30, 25]}[number]
+
+
+def test_the_best_is_the_one_that_was_validated_and_no_later_one(tmp_path):
+    writer = CheckpointWriter(tmp_path, total_limit=1)
+    for number, loss, validated_step in ((5, 3.0, 0), (10, 2.0, 10), (15, 2.0, 10), (20, 2.5, 20), (25, 2.5, 20)):
+        writer.write(snapshot_at(number, validation_loss=loss, validated_step=validated_step))
+        writer.wait()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000025", "step-00000010"]
 
 
 def test_the_one_continued_from_stays_until_a_newer_is_whole(tmp_path):

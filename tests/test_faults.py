@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="instants are told by /proc")
+
 FAULTS = str(Path(__file__).with_name("faults.py"))
 
 
@@ -15,7 +17,6 @@ def inject(*options: str) -> None:
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.faults
 def test_nothing_is_lost_by_a_few_faults_of_each_kind():
     inject("--short")
 

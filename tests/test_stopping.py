@@ -1,11 +1,22 @@
+import errno
 import os
 import signal
+import threading
 import time
 
 import pytest
+from safetensors import SafetensorError
 
 from clm_owt import stopping
 from clm_owt.stopping import Stopped, StopRequest, tell
+
+
+@pytest.fixture(autouse=True)
+def handlers_as_before():
+    before = {signum: signal.getsignal(signum) for signum in StopRequest.SIGNALS}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 def send(signum: int) -> None:
@@ -43,6 +54,19 @@ def test_between_steps_a_signal_waits_to_be_asked_for(capsys):
         stop.check()
     assert reached
     assert "after step 7, saved" in capsys.readouterr().out
+
+
+def test_a_signal_during_the_exit_does_not_change_its_status():
+    def leave():
+        try:
+            with StopRequest().listening():
+                send(signal.SIGINT)
+                time.sleep(5)
+        except Stopped as stopped:
+            send(signal.SIGTERM)
+            os._exit(stopped.code)
+
+    assert exit_status_of(leave) == 130
 
 
 def test_a_signal_that_nobody_asked_for_any_more_counts_after_the_last_step():
@@ -97,3 +121,33 @@ def test_lines_that_nobody_can_read_end_nothing(monkeypatch):
         tell("a", "b")
         monkeypatch.undo()
         stopping.os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (ValueError("28"), False),
+    ],
+)
+def test_a_full_disk_is_recognised_whoever_reports_it(error, full):
+    assert stopping.disk_is_full(error) == full
+
+
+def test_a_connection_lost_to_a_process_that_was_stopped_is_a_stop_as_well(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    tell_later = threading.Timer(0.3, send, [signal.SIGTERM])
+    with pytest.raises(Stopped), StopRequest().listening():
+        tell_later.start()
+        raise RuntimeError("Connection closed by peer")
+    assert "Stopped by SIGTERM before the first step" in capsys.readouterr().out
+
+
+def test_a_lost_connection_that_no_launcher_explains_is_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(stopping, "LAUNCHER_SECONDS", 0.1)
+    with pytest.raises(RuntimeError, match="closed by peer"), StopRequest().listening():
+        raise RuntimeError("Connection closed by peer")

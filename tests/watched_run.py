@@ -144,8 +144,12 @@ def go_back(output: Path, step: int) -> None:
 
 
 def main(spec_file: str) -> None:
-    for spec in json.loads(Path(spec_file).read_text()):
+    specs = json.loads(Path(spec_file).read_text())
+    leave = machine.Processes.__exit__
+    for spec in specs:
         watch = Watch(spec)
+        # The runs share the process groups, which go with the last of them.
+        machine.Processes.__exit__ = leave if spec is specs[-1] else lambda *_: None
         if "back_to" in spec and RANK == 0:
             go_back(Path(spec["argv"][spec["argv"].index("--output_dir") + 1]), spec["back_to"])
         loop.train_step = watch.train_step

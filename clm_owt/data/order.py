@@ -69,14 +69,19 @@ class TrainingBlocks:
         self.seconds_waited = 0.0
         self.order = Order(seed, [])
 
-    def blocks_at(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards and rows of positions `start` to `stop`, once their shards are there."""
+    def wait_for(self, stop: int) -> None:
+        """Until the shards of the positions before `stop` are there. The processes of a run wait for the whole of a
+        step, so that all look at files, and none waits inside a collective for another that does."""
         if stop > self.order.blocks and not self.store_is_known_whole():
             began = time.monotonic()
             # a shard that is not the full size is the last, and then the store is complete
             self.store.wait_for_rows(stop, self.check)
             self.seconds_waited += time.monotonic() - began
             self.order = Order(self.seed, self.store.train.shard_rows)
+
+    def blocks_at(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards and rows of positions `start` to `stop`, once their shards are there."""
+        self.wait_for(stop)
         return self.order.blocks_at(start, stop)
 
     def store_is_known_whole(self) -> bool:

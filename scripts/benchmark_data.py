@@ -53,7 +53,7 @@ RUN = [
     "--num_train_epochs=none",
     "--warmup_steps=0",
     "--sample_steps=none",
-    "--validation_documents=20",
+    "--validation_documents=2",
 ]
 WAYS = ("read", "ours", "nanogpt", "transformers")
 

@@ -193,6 +193,10 @@ class CheckpointWriter:
             return
         self.saved_step, self.failed_in_a_row = step, 0
         self._on_written(path)
+        self.prune()
+
+    def prune(self) -> None:
+        """Remove what is not to be kept, and what unfinished saves have left."""
         try:
             prune(self.folder, self.total_limit)
         except OSError as error:
@@ -255,7 +259,7 @@ def prune(folder: Path, total_limit: int) -> None:
     For the one that writes them, after a write: nothing that ends in PARTIAL is in use then.
     """
     everything = checkpoints(folder)
-    best = min(everything, key=validation)
+    best = min(everything, key=validation, default=None)
     for old in everything[total_limit:]:
         if old != best:
             remove(old)

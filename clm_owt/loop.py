@@ -157,6 +157,7 @@ def finish_saving(run: Run) -> None:
     problems = run.processes.gather(problems)[0]  # the main process writes
     if problems:
         raise RunFailed(f"{'; '.join(problems)}; {how_to_go_on(run)}")
+    run.processes.on_main(run.checkpoints.prune)  # a session before may have been killed in doing so
 
 
 def save_at_stop(run: Run, state: TrainState) -> None:

@@ -85,8 +85,10 @@ class StopRequest:
         try:
             yield
         except RuntimeError:
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                time.sleep(LAUNCHER_SECONDS)
+            deadline = time.monotonic() + LAUNCHER_SECONDS
+            while int(os.environ.get("WORLD_SIZE", "1")) > 1 and time.monotonic() < deadline:
+                self.check()
+                time.sleep(0.05)
             raise
 
     @contextlib.contextmanager

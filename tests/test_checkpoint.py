@@ -208,3 +208,13 @@ def test_the_weights_of_another_model_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"its model differs from the recipe's, at 0\.bias"):
         restore(path, other, torch.optim.AdamW(other.parameters()), ALONE)
     shutil.rmtree(path)
+
+
+def test_what_a_kill_during_the_pruning_left_is_removed_at_the_end(tmp_path):
+    writer = CheckpointWriter(tmp_path, total_limit=1)
+    writer.prune()
+    for number in (5, 10):
+        write_snapshot(snapshot_at(number), tmp_path)
+    (tmp_path / "step-00000005").rename(tmp_path / "step-00000005.old.partial")
+    writer.prune()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]

@@ -146,6 +146,13 @@ def test_a_connection_lost_to_a_process_that_was_stopped_is_a_stop_as_well(monke
     assert "Stopped by SIGTERM before the first step" in capsys.readouterr().out
 
 
+def test_a_connection_lost_after_the_signal_is_a_stop_as_well(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(Stopped), StopRequest().listening() as stop, stop.between_steps():
+        send(signal.SIGTERM)
+        raise RuntimeError("Connection closed by peer")
+
+
 def test_a_lost_connection_that_no_launcher_explains_is_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(stopping, "LAUNCHER_SECONDS", 0.1)

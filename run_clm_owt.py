@@ -140,6 +140,7 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest) -> None:
                 on_written=uploads.saved,
                 say=tracker.say,
             ),
+            pass_on_news=check.pass_on_news,
         )
         with stop.between_steps():
             loop.train(training, state)

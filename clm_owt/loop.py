@@ -55,6 +55,7 @@ class Run:
     tracker: Tracker
     throughput: Throughput
     checkpoints: CheckpointWriter
+    pass_on_news: Callable[[], None]  # from the process that builds the token store
 
     @property
     def tokens_per_step(self) -> int:
@@ -109,6 +110,7 @@ def train(run: Run, state: TrainState) -> None:
             state.not_finite_in_a_row = state.not_finite_in_a_row + 1 if result.skipped == "not finite" else 0
             if result.skipped or due(state.step, recipe.logging_steps, last):
                 log(run, state, result)
+                run.pass_on_news()
             run.tracker.advance(state.step)
             if state.not_finite_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise RunFailed(

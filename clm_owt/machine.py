@@ -110,11 +110,14 @@ class WaitingCheck:
 
     def __call__(self, waiting_for: str = "") -> None:
         self._stop.check()
-        self._say(*self._builder.news())
+        self.pass_on_news()
         self._builder.check(waiting_for)
         if waiting_for and time.monotonic() - self._said_at > self._every:
             self._said_at = time.monotonic()
             self._say(f"waiting for {waiting_for}")
+
+    def pass_on_news(self) -> None:
+        self._say(*self._builder.news())
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def trained(tiny_recipe, tmp_path_factory) -> Path:
-    """The folder of a run with sampling and evaluation."""
+    """The folder of a run with sampling and evaluation, and with dropout, which draws random numbers."""
     home = tmp_path_factory.mktemp("trained")
-    result = run(PYTHON, "--recipe", str(tiny_recipe), cwd=home)
+    result = run(PYTHON, "--recipe", str(tiny_recipe), "--dropout", "0.1", "--run_name", "tiny", cwd=home)
     assert result.returncode == 0, result.stderr
     return home / "runs/tiny"
 
@@ -60,7 +60,7 @@ def script(tmp_path, monkeypatch, capsys):
 
 def test_sampling_and_evaluation_change_no_training_loss(trained, tiny_recipe, tmp_path):
     off = ["--sample_steps", "none", "--eval_steps", "1000", "--run_name", "tiny"]
-    result = run(PYTHON, "--recipe", str(tiny_recipe), *off, cwd=tmp_path)
+    result = run(PYTHON, "--recipe", str(tiny_recipe), "--dropout", "0.1", *off, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     with_both, without = (
         [row for row in timeless_metrics(folder) if row["split"] == "train"]
@@ -128,10 +128,13 @@ def test_samples_are_the_same_for_the_same_seed_as_json_and_streamed(trained, sc
     assert streamed.stdout.split() == " ".join(row["prompt"] + row["text"] for row in rows).split()
 
 
-def test_a_top_k_of_one_takes_the_likeliest_token_whatever_the_seed(trained, script):
-    arguments = ["--model", trained / "model", "--prompt", "Returns", "--count", "3", "--top_k", "1", "--json"]
-    result = script("sample.py", *arguments, "--max_new_tokens", "8")
-    assert len({json.loads(line)["text"] for line in result.stdout.splitlines()}) == 1
+def test_the_least_top_k_top_p_or_temperature_takes_the_likeliest_token_whatever_the_seed(trained, script):
+    arguments = ["--model", trained / "model", "--prompt", "Returns", "--count", 3, "--max_new_tokens", 8, "--json"]
+    texts = set()
+    for option, value in (("--top_k", 1), ("--top_p", 1e-6), ("--temperature", 1e-3)):
+        result = script("sample.py", *arguments, option, value)
+        texts |= {json.loads(line)["text"] for line in result.stdout.splitlines()}
+    assert len(texts) == 1
 
 
 # The tasks that GPT-2 is judged by, as lm-evaluation-harness defines them, but for the place of their data.

@@ -178,6 +178,20 @@ def test_a_tracker_that_fails_costs_one_line_and_the_others_go_on(tmp_path):
     assert logged == [(1, 2.0), (2, 2.0)]
 
 
+def test_wandb_that_cannot_send_its_last_rows_says_how_to_sync_them_later(tmp_path):
+    class Stuck:
+        def finish(self):
+            raise TimeoutError("Timed out finishing run.")
+
+    said = []
+    trackers = Trackers(SimpleNamespace(output_dir=str(tmp_path), report_to=()), said.append)
+    trackers._running = {"wandb": Stuck()}
+    trackers.finish()
+    (line,) = said
+    assert line.startswith("wandb failed (TimeoutError: Timed out finishing run.): the run goes on without it")
+    assert line.endswith(f"; to sync what it has: wandb sync {tmp_path}/wandb/*run-*")
+
+
 def test_a_tracker_that_cannot_start_costs_one_line(tmp_path):
     (tmp_path / "tensorboard").write_text("a file stands where the folder should be")
     said = []
@@ -203,6 +217,20 @@ def test_rows_that_an_earlier_session_handed_over_are_not_handed_over_again(tmp_
     session(TrainState(step=4), 10, range(5, 7))  # killed at 6 again, before it came to something new
     session(TrainState(step=4), 6, range(5, 15))
     assert logged == list(range(1, 15))
+
+
+def test_a_run_keeps_its_id_whether_a_checkpoint_or_the_folder_knows_it(tmp_path):
+    def start(folder: Path, state: TrainState) -> dict[str, str]:
+        folder.mkdir(exist_ok=True)
+        trackers = Trackers(SimpleNamespace(output_dir=str(folder), report_to=("tensorboard",)), print)
+        trackers.start(state, {}, {})
+        trackers.finish()
+        return state.tracker_ids
+
+    ids = start(tmp_path / "first", TrainState())
+    assert start(tmp_path / "first", TrainState()) == ids  # killed before its first checkpoint
+    assert start(tmp_path / "second", TrainState(tracker_ids=dict(ids))) == ids  # only its checkpoints were moved
+    assert start(tmp_path / "other", TrainState()) != ids
 
 
 def test_a_package_that_is_missing_is_an_error_before_anything_else(tiny_recipe, tmp_path):

@@ -96,7 +96,7 @@ def gradient(model, recipe, blocks, processes: int, micro_batch: int) -> tuple[f
         run = SimpleNamespace(
             recipe=recipe,
             model=model,
-            blocks=SimpleNamespace(read=lambda start, stop: blocks[start:stop].numpy()),
+            blocks=SimpleNamespace(read=lambda start, stop: blocks[start:stop].numpy(), wait_for=lambda stop: None),
             accelerator=SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext),
             processes=ManyProcesses(processes, rank),
             stop=SimpleNamespace(check=lambda: None, signum=None),

@@ -198,22 +198,25 @@ class EncodingProcesses:
     def __init__(self, count: int, parts: Parts, source: Source, tokenizer: TokenizerFolder, watch: Watch | None):
         self.count, self.parts, self.source, self.watch = count, parts, source, watch
         context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
-        self.stopped = context.RawValue("b", 0)
         self.counts = context.RawArray("q", 3 * count_files(source))  # for each file those of Watch
         self.passed_on = np.zeros(3, np.int64)
         self.over = threading.Event()
         threads = max(1, (os.cpu_count() or 1) // count)
-        arguments = (os.getpid(), threads, source, tokenizer.folder, parts, self.stopped, self.counts)
+        arguments = (os.getpid(), threads, source, tokenizer.folder, parts, self.counts)
         self.pool = ProcessPoolExecutor(count, context, initializer=begin_worker, initargs=arguments)
 
     def __enter__(self) -> "EncodingProcesses":
-        threading.Thread(target=self.pass_on, daemon=True).start()
+        self.reporter = threading.Thread(target=self.pass_on, daemon=True)
+        self.reporter.start()
         return self
 
-    def __exit__(self, *_) -> None:
-        self.stopped.value = 1
-        self.pool.shutdown(wait=False, cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if kind is not None:  # what they have begun is begun anew; one may wait for a server
+            for process in multiprocessing.active_children():
+                process.terminate()
+        self.pool.shutdown(cancel_futures=True)
         self.over.set()
+        self.reporter.join()
 
     def pass_on(self) -> None:
         while self.watch is not None:
@@ -253,10 +256,6 @@ class EncodingProcesses:
             yield from self.parts.read(file, start if file == start.file else Position(file))
 
 
-class WorkerStopped(Exception):
-    pass
-
-
 def begin_worker(parent: int, threads: int, *arguments) -> None:
     """What a process of the pool does first: take its share of the cores, and see to it that it ends with its
     parent, which ends it at a Ctrl-C."""
@@ -275,11 +274,9 @@ def begin_worker(parent: int, threads: int, *arguments) -> None:
 
 
 def write_part(file: int) -> None:
-    source, tokenizer, parts, stopped, counts = worker_arguments
+    source, tokenizer, parts, counts = worker_arguments
 
     def watch(*encoded: int) -> None:
-        if stopped.value:
-            raise WorkerStopped
         for index, count in enumerate(encoded, start=3 * file):
             counts[index] += count
 

@@ -36,6 +36,8 @@ NOT_RUN = [
     (r".*run_clm_owt.py --recipe recipes/quickstart.yaml", "takes minutes; it is `make quickstart`"),
     (r".*scripts/benchmark.py", "takes minutes; its parts are tested by test_benchmark.py"),
     (r".*scripts/(push|sample|evaluate_model|plot_run|prepare_data|launch).*", "needs a run's folder or the Hub"),
+    (r"python tests/faults.py", "takes minutes; test_faults.py runs its short form"),
+    (r"python -m pytest ", "is part of this suite"),
     (r"tensorboard|trackio", "serves until it is stopped"),
     (r"pip install", "needs the network"),
 ]

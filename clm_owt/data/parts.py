@@ -233,22 +233,22 @@ class EncodingProcesses:
         reading does, RunFailed where a process died."""
         in_work: collections.deque[tuple[int, Future | None]] = collections.deque()
         to_do = iter(files)
-        while True:
-            while len(in_work) <= self.count and (file := next(to_do, None)) is not None:
-                there = self.parts.file(file).is_file()
-                in_work.append((file, None if there else self.pool.submit(write_part, file)))
-            if not in_work:
-                return
-            file, future = in_work.popleft()
-            try:
+        try:
+            while True:
+                while len(in_work) <= self.count and (file := next(to_do, None)) is not None:
+                    there = self.parts.file(file).is_file()
+                    in_work.append((file, None if there else self.pool.submit(write_part, file)))
+                if not in_work:
+                    return
+                file, future = in_work.popleft()
                 if future is not None:
                     future.result()
-            except BrokenProcessPool as error:
-                raise RunFailed(
-                    f"num_workers: one of the {self.count} encoding processes died (is memory short?); the same "
-                    "command continues, with fewer of them if that was it"
-                ) from error
-            yield file
+                yield file
+        except BrokenProcessPool as error:
+            raise RunFailed(
+                f"num_workers: one of the {self.count} encoding processes died (is memory short?); the same command "
+                "continues, with fewer of them if that was it"
+            ) from error
 
     def read(self, start: Position) -> Iterator[Encoded]:
         """All of the source from `start` on, encoded by these processes."""

@@ -8,33 +8,41 @@ import os
 import sys
 from pathlib import Path
 
-from clm_owt.recipe import InputError, Recipe, exit_with, read_command_line
-from clm_owt.stopping import RunFailed, StopRequest, close_output, disk_is_full, tell
+from clm_owt.console import close_output, print_lines
+from clm_owt.errors import InputError, RunFailed, disk_is_full, exit_with
+from clm_owt.recipe import Recipe
+from clm_owt.recipe_reader import read_command_line
+from clm_owt.stopping import StopRequest
 
 
 def run(recipe: Recipe, plan_only: bool, stop: StopRequest) -> None:
     """The whole of a run, or what is left of it. Raises InputError for what cannot work, Stopped after a signal."""
     # Imported here, so that a bad recipe is reported without waiting for torch.
-    from clm_owt import (
-        batching,
-        checkpoint,
-        device_memory,
-        devices,
-        fp8,
-        hub,
-        loop,
-        machine,
-        modeling,
-        optim,
-        plan,
-        run_folder,
-        tracking,
-    )
+    from clm_owt import hub
     from clm_owt.data.builder import Builder
     from clm_owt.data.encoding import load_tokenizer
     from clm_owt.data.order import TrainingBlocks
     from clm_owt.data.sources import resolve_source
     from clm_owt.data.token_store import TokenStore
+    from clm_owt.model import fp8
+    from clm_owt.model import gpt2 as modeling
+    from clm_owt.planning import devices, plan
+    from clm_owt.tracking import run_log as tracking
+    from clm_owt.training import (
+        checkpoint,
+        device_memory,
+        optim,
+        run_folder,
+    )
+    from clm_owt.training import (
+        micro_batch_search as batching,
+    )
+    from clm_owt.training import (
+        processes as machine,
+    )
+    from clm_owt.training import (
+        trainer as loop,
+    )
 
     machine.quiet_libraries()
     with contextlib.ExitStack() as stack:
@@ -42,7 +50,7 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest) -> None:
         processes = stack.enter_context(machine.Processes(accelerator))
         say = processes.say
 
-        begun = processes.on_main(run_folder.find_begun_run, recipe)
+        begun = processes.on_main(run_folder.find_existing_run, recipe)
         if begun.finished:
             return say(*processes.on_main(run_folder.summarize, Path(recipe.output_dir)))
         if begun.resumed_after:
@@ -162,12 +170,12 @@ def main(argv: list[str]) -> None:
         exit_with(error)
     except RunFailed as error:
         if os.environ.get("RANK", "0") == "0":
-            tell(f"error: {error}", file=sys.stderr)
+            print_lines(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         if not disk_is_full(error):
             raise
-        tell(f"error: {error}; make room, and the same command continues", file=sys.stderr)
+        print_lines(f"error: {error}; make room, and the same command continues", file=sys.stderr)
         sys.exit(1)
     finally:
         close_output()

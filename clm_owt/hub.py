@@ -22,12 +22,13 @@ from huggingface_hub.utils._http import default_client_factory
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from clm_owt.machine import Processes
-from clm_owt.metrics import read_metrics
-from clm_owt.model_card import model_card
-from clm_owt.modeling import GPT2ForPretraining
-from clm_owt.recipe import InputError, Recipe
+from clm_owt.errors import InputError
+from clm_owt.model.gpt2 import GPT2ForPretraining
+from clm_owt.recipe import Recipe
+from clm_owt.reports.model_card import model_card
+from clm_owt.reports.record import read_metrics
 from clm_owt.stopping import StopRequest
+from clm_owt.training.processes import Processes
 
 SECONDS_BETWEEN_COMMITS = 300.0
 # Before the second and the third attempt, beside the few seconds for which the client itself repeats some requests.

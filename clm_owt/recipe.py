@@ -5,43 +5,23 @@ Every key of a recipe is a field of `Recipe` and also an option of the command l
 All problems are found at once and raised as one `RecipeError`.
 """
 
-import argparse
 import dataclasses
-import difflib
-import functools
-import glob
-import importlib.util
-import math
-import os
-import re
-import sys
 import typing
-import zlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import UnionType
 from typing import Any, Literal
 
 import yaml
 
 PENALTY_TYPES = ("non_max_sum", "neg_max_prob", "neg_entropy", "top_k_mass")
+
 FILE_FORMATS = ("text", "json", "parquet")
+
 PYTHON_DOCS = "python-docs"
+
 TRACKERS = ("wandb", "tensorboard", "trackio")
+
 GUIDE_PROMPTS = ("The quick brown fox", "Once upon a time", "In the beginning")
-
-
-class InputError(Exception):
-    """A recipe or an input that cannot work. The message says what it is and how to mend it; exit status 2."""
-
-
-class RecipeError(InputError):
-    """All problems of one recipe, one or two lines each."""
-
-    def __init__(self, problems: Sequence[str]):
-        self.problems = list(problems)
-        super().__init__("\n".join(self.problems))
 
 
 # What a value must satisfy beside its type, and how that reads in an error.
@@ -177,191 +157,8 @@ class Recipe:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
+
 TYPES = typing.get_type_hints(Recipe)
-
-
-class StrictLoader(yaml.SafeLoader):
-    """YAML in which `3e-3` is a number and a key given twice is an error."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            name = self.construct_object(key_node, deep=True)
-            if not isinstance(name, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key is no plain text", key_node.start_mark)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {name!r} is given twice; keep one", key_node.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def load_recipe(argv: Sequence[str]) -> Recipe:
-    """The recipe of a command line such as `["--recipe", "recipes/owt_512.yaml", "--penalty_weight", "0.01"]`.
-
-    Raises RecipeError with everything that is wrong.
-    """
-    return read_command_line(argv)[0]
-
-
-def read_command_line(argv: Sequence[str]) -> tuple[Recipe, bool]:
-    """The recipe, and whether only its plan is asked for (`--plan_only`). `--help` prints all keys and exits."""
-    options, problems = parse_command_line(argv)
-    path = Path(options.recipe) if options.recipe else None
-    values: dict[str, Any] = {}
-    broken: set[str] = set()  # keys that were given, with a value that does not work
-
-    def take(name: str, value: Any, convert_value: Callable[[], Any], where: str) -> None:
-        try:
-            values[name] = check_rule(name, convert_value())
-        except ValueError as error:
-            problems.append(f"{where}: {name}: {value!r} does not work; expected {error}")
-            broken.add(name)
-
-    if path is not None:
-        from_file, file_problems = read_recipe_file(path)
-        problems += file_problems
-        for name, value in from_file.items():
-            take(name, value, functools.partial(convert, TYPES[name], value, from_text=False), str(path))
-    file_values = dict(values)
-    for name in FIELDS:
-        given = getattr(options, name)
-        if given is None:
-            continue
-        if len(given) > 1:
-            problems.append(f"--{name}: given {len(given)} times; give it once")
-        take(name, " ".join(given[-1]), functools.partial(words_to_value, name, given[-1]), "command line")
-    problems += combination_problems(values, broken)
-    if problems:
-        raise RecipeError(problems)
-    if not values.get("run_name"):
-        values["run_name"] = default_run_name(path, file_values, values)
-    if not values.get("output_dir"):
-        values["output_dir"] = str(Path("runs") / values["run_name"])
-    return Recipe(**values), options.plan_only
-
-
-def parse_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="run_clm_owt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False, argument_default=None
-    )
-    parser.add_argument("--recipe", metavar="FILE", help="the recipe's YAML file")
-    parser.add_argument("--plan_only", action="store_true", help="print the plan and stop")
-    for name, field in FIELDS.items():
-        default = "required" if field.default is dataclasses.MISSING else f"default: {show(field.default)}"
-        help_text = f"{field.metadata['help']} ({default})".replace("%", "%%")
-        parser.add_argument(f"--{name}", nargs="*", action="append", metavar="VALUE", help=help_text)
-    # argparse would stop at the first unknown option; all of them are wanted.
-    options, unknown = parser.parse_known_args(argv)
-    names = [word.split("=")[0] for word in unknown if word.startswith("-")]  # without the values that follow them
-    return options, [unknown_key(name, "command line") for name in names or unknown]
-
-
-def unknown_key(name: str, where: str) -> str:
-    close = difflib.get_close_matches(name.lstrip("-"), FIELDS, n=1)
-    hint = f"did you mean {close[0]}?" if close else "see run_clm_owt.py --help for the keys"
-    return f"{where}: unknown key {name}; {hint}"
-
-
-def read_recipe_file(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The known keys of a recipe file and the problems of the file as a whole."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
-    except FileNotFoundError:
-        return {}, [f"--recipe: there is no file {path}; the recipes are in recipes/"]
-    except (OSError, UnicodeDecodeError) as error:
-        return {}, [f"--recipe: {path} cannot be read: {error}"]
-    except RecursionError:
-        return {}, [f"{path}: nested too deeply; expected lines of the form `key: value`"]
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or " ".join(str(error).split())
-        return {}, [f"{path}{line}: not valid YAML: {reason}"]
-    if not isinstance(content, dict):
-        return {}, [f"{path}: expected lines of the form `key: value`, got {type(content).__name__}"]
-    unknown = [unknown_key(str(name), str(path)) for name in content if name not in FIELDS]
-    return {name: value for name, value in content.items() if name in FIELDS}, unknown
-
-
-def check_rule(name: str, value: Any) -> Any:
-    rule = FIELDS[name].metadata["rule"]
-    if value is not None and rule is not None and not rule.holds(value):
-        raise ValueError(rule.text)
-    return value
-
-
-def words_to_value(name: str, words: Sequence[str]) -> Any:
-    expected = TYPES[name]
-    if is_tuple(expected):
-        return convert(expected, None if [w.lower() for w in words] == ["none"] else list(words), from_text=True)
-    if not words and expected is bool:  # a bare --push_to_hub
-        return True
-    if len(words) != 1:
-        raise ValueError(f"one value, got {len(words)}")
-    return convert(expected, None if words[0].lower() == "none" else words[0], from_text=True)
-
-
-def alternatives(expected: Any) -> tuple[Any, ...]:
-    return typing.get_args(expected) if typing.get_origin(expected) in (UnionType, typing.Union) else (expected,)
-
-
-def is_tuple(expected: Any) -> bool:
-    return any(typing.get_origin(choice) is tuple for choice in alternatives(expected))
-
-
-def convert(expected: Any, value: Any, *, from_text: bool) -> Any:
-    """`value` as the type `expected`; ValueError says in words what was expected."""
-    choices = alternatives(expected)
-    if is_tuple(expected):
-        if value is None:
-            return None if type(None) in choices else ()
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise ValueError("text, or a list of texts")
-        return tuple(items)
-    if value is None:
-        if type(None) in choices:
-            return None
-        raise ValueError(f"{describe(choices)}, not null")
-    if bool in choices:
-        if isinstance(value, bool):
-            return value
-        if from_text and value.lower() in ("true", "false", "1", "0", "yes", "no"):
-            return value.lower() in ("true", "1", "yes")
-        if str(value) == "auto" and len(choices) > 1 and type(None) not in choices:
-            return "auto"
-        raise ValueError(describe(choices))
-    kind = next(choice for choice in choices if choice is not type(None))
-    if kind is str:
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError("text (in quotes where it looks like a number)")
-        return value
-    if isinstance(value, bool) or (isinstance(value, str) and not from_text):
-        raise ValueError(describe(choices))
-    if kind is int and isinstance(value, float):
-        raise ValueError(describe(choices))
-    try:
-        number = kind(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(describe(choices)) from None
-    if not math.isfinite(number):
-        raise ValueError("a finite number")
-    return number
-
-
-def describe(choices: Iterable[Any]) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number such as 3e-3", str: "text"}
-    texts = [names[c] for c in choices if c in names]
-    texts += [str(word) for c in choices if typing.get_origin(c) is Literal for word in typing.get_args(c)]
-    texts += ["none" for c in choices if c is type(None)]
-    return " or ".join(texts)
 
 
 def show(value: Any) -> str:
@@ -375,116 +172,3 @@ def show(value: Any) -> str:
 
 def is_url(path: str) -> bool:
     return "://" in path
-
-
-def combination_problems(values: dict[str, Any], broken: set[str]) -> list[str]:
-    """What is wrong with the settings taken together; nothing is said of `broken` ones, which have been reported."""
-    problems = []
-
-    def get(name: str) -> Any:
-        default = FIELDS[name].default
-        return values.get(name, None if default is dataclasses.MISSING else default)
-
-    for name, field in FIELDS.items():
-        if field.default is dataclasses.MISSING and name not in values and name not in broken:
-            problems.append(f"{name}: missing; expected {field.metadata['help']}")
-
-    dataset, files = get("dataset_name"), get("data_files")
-    if dataset in FILE_FORMATS:
-        if not files:
-            problems.append(f"data_files: missing; dataset_name {dataset} reads the files that data_files names")
-        for pattern in files or ():
-            if not is_url(pattern) and not glob.glob(str(Path(pattern).expanduser()), recursive=True):
-                problems.append(f"data_files: {pattern!r} matches no file here; give existing paths, globs or URLs")
-    elif dataset == PYTHON_DOCS:
-        for name in ("data_files", "dataset_config_name", "dataset_revision"):
-            if get(name):
-                problems.append(
-                    f"{name}: {show(get(name))!r} cannot be used with the built-in {PYTHON_DOCS}; remove it"
-                )
-    elif dataset and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
-        problems.append(
-            f"dataset_name: {dataset!r} is not a Hub id such as Skylion007/openwebtext; "
-            f"local files are read by dataset_name {', '.join(FILE_FORMATS)} with data_files"
-        )
-
-    tokenizer, trained_size = get("tokenizer_name"), get("train_tokenizer_vocab_size")
-    if tokenizer and trained_size:
-        problems.append(
-            f"tokenizer_name: {tokenizer!r} excludes train_tokenizer_vocab_size {trained_size}; remove one of them"
-        )
-    if not tokenizer and not trained_size and not {"tokenizer_name", "train_tokenizer_vocab_size"} & broken:
-        problems.append(
-            "tokenizer_name: missing; expected a Hub id or folder, or train_tokenizer_vocab_size to train one"
-        )
-    if tokenizer and (tokenizer.startswith((".", "/", "~")) or tokenizer.count("/") > 1):
-        folder = Path(tokenizer).expanduser()
-        if not (folder / "tokenizer.json").is_file():
-            problems.append(f"tokenizer_name: {tokenizer!r} is no folder with a tokenizer.json; save one there")
-
-    if get("n_embd") and get("n_head") and get("n_embd") % get("n_head"):
-        problems.append(f"n_embd: {get('n_embd')} is not a multiple of n_head {get('n_head')}; change one of them")
-
-    epochs, max_steps, batch = get("num_train_epochs"), get("max_steps"), get("effective_batch_size")
-    if not epochs and not max_steps and not {"num_train_epochs", "max_steps"} & broken:
-        problems.append("max_steps: missing; expected max_steps or num_train_epochs, how long to train")
-    steps = max_steps
-    if steps is None and epochs and batch and get("expected_train_blocks"):
-        steps = int(epochs * get("expected_train_blocks") / batch)
-    if steps is not None:
-        problems += schedule_problems(steps, get("warmup_steps"), get("learning_rate"), get("allow_incomplete_warmup"))
-
-    for name in get("report_to") or ():
-        if name not in TRACKERS:
-            problems.append(f"report_to: {name!r} is unknown; expected any of {', '.join(TRACKERS)}, or none")
-        elif importlib.util.find_spec(name) is None:
-            problems.append(f"report_to: {name} is not installed; pip install {name}, or take it out of report_to")
-    if get("sample_steps") and not get("sample_prompts"):
-        problems.append(f"sample_steps: {get('sample_steps')} needs sample_prompts; give some, or sample_steps none")
-    if get("push_to_hub") and not get("hub_model_id"):
-        problems.append("push_to_hub: true needs hub_model_id, the repository to upload to, such as me/gpt2-owt")
-    resume = get("resume_from_checkpoint")
-    if resume not in ("auto", "never", None) and not Path(resume).is_dir():
-        problems.append(f"resume_from_checkpoint: {resume!r} is no folder; expected auto, never or a checkpoint")
-    return problems
-
-
-def schedule_problems(
-    total_steps: int, warmup_steps: int | None, learning_rate: float | None, allow_incomplete_warmup: bool | None
-) -> list[str]:
-    """Why a run of `total_steps` cannot be: no step at all, or a warm-up that does not end before it does."""
-    if total_steps < 1:
-        return [f"total steps: {total_steps}; the training blocks give no whole step; lower effective_batch_size"]
-    if warmup_steps and warmup_steps >= total_steps and not allow_incomplete_warmup:
-        reached = (
-            f" (the rate would stop at {learning_rate * total_steps / warmup_steps:.3g})" if learning_rate else ""
-        )
-        return [
-            f"warmup_steps: {warmup_steps} does not end before the run does, after {total_steps} steps{reached}; "
-            "lower warmup_steps, train longer, or set allow_incomplete_warmup: true"
-        ]
-    return []
-
-
-def default_run_name(path: Path | None, file_values: dict[str, Any], values: dict[str, Any]) -> str:
-    """The recipe's name with every change of the command line that affects the result."""
-    base = path.stem if path else "run"
-    changes = [
-        f"{name}={show(values[name])}"
-        for name, field in FIELDS.items()
-        if field.metadata["shapes_result"]
-        and name in values
-        and values[name] != file_values.get(name, field.default)
-        and path is not None
-    ]
-    name = re.sub(r"[^\w.,=+-]+", "-", ",".join([base, *changes]))
-    return name if len(name) <= 200 else f"{name[:180]}-{zlib.crc32(name.encode()):08x}"
-
-
-def exit_with(error: InputError) -> typing.NoReturn:
-    """Print what cannot work, one `error:` for each problem, and leave with status 2."""
-    shared_by_all_processes = isinstance(error, RecipeError)
-    if not shared_by_all_processes or os.environ.get("RANK", "0") == "0":
-        for problem in getattr(error, "problems", [str(error)]):
-            print(f"error: {problem}", file=sys.stderr)
-    sys.exit(2)

@@ -1,17 +1,17 @@
 """How a run ends before its end: told to stop by a signal, left by its launcher, or failed for a known reason."""
 
 import contextlib
-import errno
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Self, TextIO
+from typing import Self
 
 import psutil
+
+from clm_owt.console import print_lines
 
 # Signals that come within so many seconds are one: a Ctrl-C reaches a process from the terminal and, forwarded, from
 # its launcher; a scheduler signals the batch script and its steps.
@@ -21,10 +21,6 @@ ECHO_SECONDS = 1.0
 LAUNCHER_SECONDS = 3.0
 
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed.run")
-
-
-class RunFailed(Exception):
-    """An error of a run, not of its recipe, that a line or two tell completely; exit status 1."""
 
 
 class Stopped(SystemExit):
@@ -68,7 +64,7 @@ class StopRequest:
                 yield self
         except Stopped as stopped:
             if os.environ.get("RANK", "0") == "0":
-                tell(f"Stopped by {stopped.name} {self.reached}; {self.way_on}")
+                print_lines(f"Stopped by {stopped.name} {self.reached}; {self.way_on}")
             # Only the exit is left, and no further signal, as a launcher sends, is to change its status.
             previous = dict.fromkeys(self.SIGNALS, signal.SIG_IGN)
             raise
@@ -143,24 +139,3 @@ def launched() -> bool:
     except psutil.Error:
         return False
     return any(launcher in os.path.basename(word) for word in command[:4] for launcher in LAUNCHERS)
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """Whether an error says so: an OSError, or one of the libraries in Rust (safetensors, tokenizers)."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
-
-
-def tell(*lines: str, file: TextIO | None = None) -> None:
-    """Print lines. That nobody reads them any more, or that the disk of the log is full, is no reason to end a run."""
-    with contextlib.suppress(OSError):
-        print(*lines, sep="\n", file=file, flush=True)
-
-
-def close_output() -> None:
-    """Give up what could not be printed, so that it does not change the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

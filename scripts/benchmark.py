@@ -41,14 +41,17 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from clm_owt.checkpoint import CheckpointWriter, TrainState, copy_to_host, take_snapshot
-from clm_owt.losses import fused_linear_loss
-from clm_owt.machine import Processes
-from clm_owt.modeling import build_model, compile_blocks
-from clm_owt.optim import build_optimizer
-from clm_owt.plan import flops_per_token
-from clm_owt.recipe import PENALTY_TYPES, InputError, Recipe, load_recipe
-from clm_owt.tracking import peak_flops
+from clm_owt.errors import InputError
+from clm_owt.model.gpt2 import build_model, compile_blocks
+from clm_owt.model.losses import fused_linear_loss
+from clm_owt.planning.plan import flops_per_token
+from clm_owt.recipe import PENALTY_TYPES, Recipe
+from clm_owt.recipe_reader import load_recipe
+from clm_owt.state import TrainState
+from clm_owt.tracking.run_log import peak_flops
+from clm_owt.training.checkpoint import CheckpointWriter, copy_to_host, take_snapshot
+from clm_owt.training.optim import build_optimizer
+from clm_owt.training.processes import Processes
 
 GPT2_VOCABULARY = 50_257
 PRODUCT_SIZE = 2048

@@ -38,7 +38,8 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from clm_owt.recipe import Recipe, load_recipe
+from clm_owt.recipe import Recipe
+from clm_owt.recipe_reader import load_recipe
 
 ROOT = Path(__file__).parent.parent
 ENDINGS = (".py", ".pyi", ".rst", ".md", ".txt")
@@ -388,8 +389,8 @@ class Benchmark:
         """Seconds of optimizer steps on one core, in turns with the builder stopped and at work on another."""
         import torch
 
-        from clm_owt.modeling import build_model
-        from clm_owt.optim import build_optimizer
+        from clm_owt.model.gpt2 import build_model
+        from clm_owt.training.optim import build_optimizer
 
         if len(os.sched_getaffinity(0)) < 2:
             return {"without": [], "beside": []}

@@ -15,10 +15,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from clm_owt.devices import DEVICES, MFU_RANGE, Device, find_device
-from clm_owt.footprint import count_parameters, step_memory
-from clm_owt.plan import flops_per_token, show_bytes, show_time
-from clm_owt.recipe import InputError, Recipe, exit_with, load_recipe
+from clm_owt.errors import InputError, exit_with
+from clm_owt.formatting import show_bytes, show_time
+from clm_owt.planning.devices import DEVICES, MFU_RANGE, Device, find_device
+from clm_owt.planning.memory import count_parameters, step_memory
+from clm_owt.planning.plan import flops_per_token
+from clm_owt.recipe import Recipe
+from clm_owt.recipe_reader import load_recipe
 
 GPT2_VOCABULARY = 50_257
 
@@ -42,7 +45,7 @@ def estimate(recipe: Recipe, vocab_size: int, device: Device, processes: int, mf
     A trace takes seconds. So the size is sought by the formula of `step_memory`, and the step of what a run would take
     is traced; the difference corrects the formula, until the size that it gives has been traced.
     """
-    from clm_owt.batching import candidate_sizes
+    from clm_owt.batch import candidate_sizes
 
     budget = recipe.target_memory_utilization * device.memory
     batch = recipe.effective_batch_size
@@ -84,7 +87,7 @@ def setting(device: Device) -> dict[str, object]:
 
 
 def trace(recipe: Recipe, vocab_size: int, device: Device, micro_batch: int) -> dict[str, int]:
-    from clm_owt.memory_trace import trace_step
+    from clm_owt.training.memory_trace import trace_step
 
     return trace_step(recipe, vocab_size, micro_batch, **setting(device))
 
@@ -100,7 +103,7 @@ def measure(argv: list[str], vocab_size: int, micro_batch: int, mixed_precision:
 def measure_here(task: str, recipe: Recipe) -> int:
     import torch
 
-    from clm_owt.memory_trace import measure_step
+    from clm_owt.training.memory_trace import measure_step
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return measure_step(recipe, device=device, **json.loads(task))

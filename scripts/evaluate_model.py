@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from clm_owt.recipe import InputError, exit_with
+from clm_owt.errors import InputError, exit_with
 
 
 def main(argv: list[str]) -> None:
@@ -41,9 +41,9 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     # Imported here, so that a wrong option is reported without waiting for torch.
     import transformers
 
-    from clm_owt import zero_shot
-    from clm_owt.sampling import load
-    from clm_owt.windows import evaluate_windows, recipe_windows, text_windows
+    from clm_owt.evaluation import zero_shot
+    from clm_owt.evaluation.windows import evaluate_windows, recipe_windows, text_windows
+    from clm_owt.model.sampling import load
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

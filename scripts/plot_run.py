@@ -9,9 +9,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from clm_owt.curves import save_picture
-from clm_owt.metrics import RunRecord
-from clm_owt.recipe import InputError, exit_with
+from clm_owt.errors import InputError, exit_with
+from clm_owt.reports.curves import save_picture
+from clm_owt.reports.record import RunRecord
 
 
 def main(argv: list[str]) -> None:
@@ -35,7 +35,7 @@ def plot(folders: list[Path], output: Path) -> None:
     if output.suffix != ".html":
         return save_picture(runs, output)
     try:
-        from clm_owt.page import write_page
+        from clm_owt.reports.page import write_page
 
         page = write_page(runs)
     except ModuleNotFoundError as error:

@@ -25,13 +25,17 @@ from typing import Self
 
 import numpy as np
 
+from clm_owt.console import print_lines
 from clm_owt.data.builder import build, encode_parts, missing_parts
+from clm_owt.data.documents import count_files
 from clm_owt.data.shared_store import download_store, upload_store
-from clm_owt.data.sources import Source, count_files, resolve_source
+from clm_owt.data.sources import Source, resolve_source
 from clm_owt.data.token_store import TokenStore
-from clm_owt.plan import block_bytes, disk_problems, find_disk, show_bytes, show_time
-from clm_owt.recipe import InputError, Recipe, exit_with, load_recipe
-from clm_owt.stopping import RunFailed, tell
+from clm_owt.errors import InputError, RunFailed, exit_with
+from clm_owt.formatting import show_bytes, show_time
+from clm_owt.planning.plan import block_bytes, disk_problems, find_disk
+from clm_owt.recipe import Recipe
+from clm_owt.recipe_reader import load_recipe
 
 NANOGPT_FILES = {"train": "train.bin", "validation": "val.bin"}
 
@@ -52,11 +56,11 @@ class Progress:
 
     def __exit__(self, *_) -> None:
         self.over.set()
-        tell(self.line())
+        print_lines(self.line())
 
     def run(self) -> None:
         while not self.over.wait(self.every):
-            tell(self.line())
+            print_lines(self.line())
 
     def encoded(self, documents: int, tokens: int, text_bytes: int) -> None:
         self.documents += documents
@@ -97,26 +101,28 @@ def prepare(options: argparse.Namespace, recipe: Recipe) -> None:
         with Progress(store, expected_tokens(recipe)) as progress:
             build(recipe, source, num_workers=options.num_workers, watch=progress.encoded)
     store.refresh()
-    tell(*describe(store))
+    print_lines(*describe(store))
     if options.export:
         export_nanogpt(store, options.export_dir)
     if options.upload_to:
         upload_store(store, options.upload_to, options.private)
-        tell(f"Uploaded to {options.upload_to}; take it with --download_from {options.upload_to}")
+        print_lines(f"Uploaded to {options.upload_to}; take it with --download_from {options.upload_to}")
 
 
 def encode_part(options: argparse.Namespace, recipe: Recipe, source: Source, store: TokenStore) -> None:
     number, count = options.part
     if store.is_whole():
-        return tell("The token store is complete already")
+        return print_lines("The token store is complete already")
     total = count_files(source)
     files = range((number - 1) * total // count, number * total // count)
     if not files:
-        return tell(f"Part {number}/{count}: nothing to do, the dataset has {total} files")
+        return print_lines(f"Part {number}/{count}: nothing to do, the dataset has {total} files")
     share = expected_tokens(recipe)
     with Progress(store, share and share * len(files) // total) as progress:
         parts = encode_parts(recipe, source, files, options.num_workers, progress.encoded)
-    tell(f"Part {number}/{count}: {len(files)} of {total} files, in {parts.folder}; when all parts are there: --merge")
+    print_lines(
+        f"Part {number}/{count}: {len(files)} of {total} files, in {parts.folder}; when all parts are there: --merge"
+    )
 
 
 def expected_tokens(recipe: Recipe) -> int | None:
@@ -159,7 +165,7 @@ def verify(store: TokenStore) -> None:
     if problems:
         raise InputError("\n".join(problems))
     shards = len(store.validation.shard_rows) + len(store.train.shard_rows)
-    tell(*describe(store), f"Verified: {shards:,} shards are whole and as they were written")
+    print_lines(*describe(store), f"Verified: {shards:,} shards are whole and as they were written")
 
 
 def export_nanogpt(store: TokenStore, folder: Path) -> None:
@@ -175,7 +181,7 @@ def export_nanogpt(store: TokenStore, folder: Path) -> None:
             for index in range(len(blocks.shard_rows)):
                 np.ascontiguousarray(blocks.open_shard(index), "<u2").tofile(sink)
         aside.replace(file)
-        tell(f"{file}: {file.stat().st_size // 2:,} tokens")
+        print_lines(f"{file}: {file.stat().st_size // 2:,} tokens")
 
 
 def show_files(files: list[int]) -> str:
@@ -217,7 +223,7 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         sys.exit(f"error: {error}; the same command continues")
     except KeyboardInterrupt:
-        tell("Interrupted; the same command continues")
+        print_lines("Interrupted; the same command continues")
         sys.exit(130)
 
 

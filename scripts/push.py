@@ -7,8 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from clm_owt.errors import InputError, exit_with
 from clm_owt.hub import explain, push
-from clm_owt.recipe import InputError, exit_with
 
 
 def main(argv: list[str]) -> None:

@@ -8,7 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from clm_owt.recipe import GUIDE_PROMPTS, InputError, exit_with
+from clm_owt.errors import InputError, exit_with
+from clm_owt.recipe import GUIDE_PROMPTS
 
 
 def main(argv: list[str]) -> None:
@@ -58,7 +59,7 @@ def sample_all(options: argparse.Namespace) -> None:
     import transformers
     from transformers import TextStreamer
 
-    from clm_owt.sampling import load, sample
+    from clm_owt.model.sampling import load, sample
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -34,7 +34,9 @@ from typing import Any
 
 import yaml
 
-from clm_owt.recipe import InputError, Recipe, RecipeError, StrictLoader, exit_with, load_recipe, show
+from clm_owt.errors import InputError, RecipeError, exit_with
+from clm_owt.recipe import Recipe, show
+from clm_owt.recipe_reader import StrictLoader, load_recipe
 
 METHODS = ("grid", "random", "bayes")
 POLL_SECONDS = 1.0

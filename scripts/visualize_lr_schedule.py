@@ -9,8 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from clm_owt.plan import learning_rate_at
-from clm_owt.recipe import InputError, exit_with, load_recipe
+from clm_owt.errors import InputError, exit_with
+from clm_owt.recipe_reader import load_recipe
+from clm_owt.schedule import learning_rate_at
 
 WIDTH, HEIGHT = 72, 12
 

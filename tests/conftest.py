@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["hub_fixtures", "watched_fixtures"]
+pytest_plugins = ["support.hub_fixtures", "support.watched_fixtures"]
 
 GPT2_FILES = {  # as OpenAI published them
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -55,8 +55,8 @@ def gpt2_tokenizer_folder(gpt2_vocabulary_files, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_recipe(tmp_path_factory) -> Path:
     """The file of a tiny recipe on real English text, whose token store is shared by all runs of the session."""
-    from hub_fixtures import english_documents
-    from runs import write_json_lines, write_tiny_recipe
+    from support.hub_fixtures import english_documents
+    from support.runs import write_json_lines, write_tiny_recipe
 
     folder = tmp_path_factory.mktemp("tiny")
     data = write_json_lines(folder / "documents.jsonl.gz", english_documents()[:400])

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT, environment
+from support.runs import ROOT, environment
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "docs/guide.md"]
 

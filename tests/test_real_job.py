@@ -2,8 +2,8 @@
 
 import json
 
-from hub_fixtures import OPENWEBTEXT
-from runs import ROOT, environment, launcher, run
+from support.hub_fixtures import OPENWEBTEXT
+from support.runs import ROOT, environment, launcher, run
 
 SMALL = (
     "--n_layer 2 --n_head 2 --n_embd 32 --block_size 64 --effective_batch_size 8 --validation_documents 5 "

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from clm_owt.recipe import FIELDS, RecipeError, load_recipe
+from clm_owt.errors import RecipeError
+from clm_owt.recipe import FIELDS
+from clm_owt.recipe_reader import load_recipe
 
 ROOT = Path(__file__).parent.parent
 REQUIRED = {

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import PYTHON, environment, launcher, run, timeless_metrics, write_json_lines
+from support.runs import PYTHON, environment, launcher, run, timeless_metrics, write_json_lines
 
-from clm_owt.checkpoint import checkpoints
+from clm_owt.training.checkpoint import checkpoints
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ import pytest
 from safetensors import SafetensorError
 
 from clm_owt import stopping
-from clm_owt.stopping import Stopped, StopRequest, tell
+from clm_owt.console import print_lines
+from clm_owt.stopping import Stopped, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +119,7 @@ def test_the_handlers_are_as_before_afterwards():
 def test_lines_that_nobody_can_read_end_nothing(monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr("sys.stdout", full)
-        tell("a", "b")
+        print_lines("a", "b")
         monkeypatch.undo()
         stopping.os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
 

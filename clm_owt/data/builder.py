@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from clm_owt.console import print_lines
+from clm_owt.data.documents import count_files, read_documents
 from clm_owt.data.encoding import (
     TRAINING_BYTES,
     TokenizerFolder,
@@ -36,10 +38,11 @@ from clm_owt.data.encoding import (
 )
 from clm_owt.data.packing import StoreWriter, write_store
 from clm_owt.data.parts import EncodingProcesses, Parts, Watch, read_or_encode
-from clm_owt.data.sources import Source, count_files, patiently, read_documents, remember_refs
+from clm_owt.data.retries import patiently
+from clm_owt.data.sources import Source, remember_refs
 from clm_owt.data.token_store import FORMAT_VERSION, TokenStore, store_folder
-from clm_owt.recipe import InputError, Recipe
-from clm_owt.stopping import RunFailed, tell
+from clm_owt.errors import InputError, RunFailed
+from clm_owt.recipe import Recipe
 
 # Set by accelerate and torchrun for their processes; the builder is none of them.
 LAUNCHER_VARIABLES = (
@@ -232,7 +235,7 @@ def provided_tokenizer(recipe: Recipe, source: Source) -> Iterator[tuple[Tokeniz
 def say_unexpected_count(recipe: Recipe, writer: StoreWriter) -> None:
     expected, counted = recipe.expected_train_blocks, sum(shard["rows"] for shard in writer.shards("train"))
     if expected and abs(counted - expected) > UNEXPECTED_SHARE * expected:
-        tell(
+        print_lines(
             f"expected_train_blocks: the data hold {counted:,} training blocks, {counted / expected - 1:+.2%} of the "
             f"{expected:,} expected; a run that has begun keeps its steps, for a new one correct the recipe"
         )
@@ -318,7 +321,9 @@ def take_lock(lock: TextIO, file: Path) -> None:
             with contextlib.suppress(ValueError, KeyError):  # its holder is just writing it
                 held = json.loads(file.read_text())
                 since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held["since"]))
-                tell(f"process {held['pid']} on {held['host']} has been building this token store since {since}")
+                print_lines(
+                    f"process {held['pid']} on {held['host']} has been building this token store since {since}"
+                )
             fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         raise InputError(

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from clm_owt.data.sources import Source, describe, shown
-from clm_owt.recipe import InputError, Recipe
+from clm_owt.data.sources import Source
+from clm_owt.errors import InputError, one_line
+from clm_owt.formatting import show_value
+from clm_owt.recipe import Recipe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -48,7 +50,7 @@ class TokenizerFolder:
         try:
             self.tokenizer = Tokenizer.from_str(content.decode("utf-8"))
         except Exception as error:  # tokenizers raises bare Exception
-            raise InputError(f"tokenizer_name: {file} cannot be read ({describe(error)})") from error
+            raise InputError(f"tokenizer_name: {file} cannot be read ({one_line(error)})") from error
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -117,8 +119,8 @@ class Encoder:
         reference, _ = encode_with_tokenizers(self.reference, sample)
         if not np.array_equal(fast, reference):
             raise InputError(
-                f"gigatoken and tokenizers encode this text differently: {shown(text)}\n"
-                f"gigatoken: {shown(fast.tolist())}; tokenizers: {shown(reference.tolist())}\n"
+                f"gigatoken and tokenizers encode this text differently: {show_value(text)}\n"
+                f"gigatoken: {show_value(fast.tolist())}; tokenizers: {show_value(reference.tolist())}\n"
                 "please report it to the project; CLM_OWT_ENCODER=tokenizers encodes with tokenizers alone"
             )
 
@@ -186,14 +188,14 @@ def fetch_tokenizer(name: str, folder: Path) -> None:
         except LocalEntryNotFoundError as error:  # no connection, and not in the Hugging Face cache either
             if file == "special_tokens_map.json":  # few repositories have it
                 continue
-            raise InputError(f"tokenizer_name: {name!r} cannot be taken from the Hub ({describe(error)})") from error
+            raise InputError(f"tokenizer_name: {name!r} cannot be taken from the Hub ({one_line(error)})") from error
         except EntryNotFoundError as error:
             if file == "tokenizer.json":
                 raise InputError(f"tokenizer_name: {name} on the Hub holds no tokenizer.json") from error
             continue
         except Exception as error:  # unknown repository, no name, and the HTTP client's own kinds
             raise InputError(
-                f"tokenizer_name: {name!r} is no folder here and cannot be taken from the Hub ({describe(error)})"
+                f"tokenizer_name: {name!r} is no folder here and cannot be taken from the Hub ({one_line(error)})"
             ) from error
         shutil.copyfile(path, folder / file)
         (folder / "commit").write_text(path.parent.name)  # the cache's layout: snapshots/<commit>/<file>

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from clm_owt.data.documents import START, Position
 from clm_owt.data.parts import Encoded
-from clm_owt.data.sources import START, Position
 from clm_owt.data.token_store import (
     BLOCKS_PER_SHARD,
     COLUMN,
@@ -20,7 +20,7 @@ from clm_owt.data.token_store import (
     shard_name,
     whole_shards,
 )
-from clm_owt.recipe import InputError
+from clm_owt.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
+from clm_owt.data.documents import Position, count_files, read_documents
 from clm_owt.data.encoding import Encoder, TokenizerFolder
-from clm_owt.data.sources import Position, Source, count_files, describe, read_documents
-from clm_owt.recipe import InputError
-from clm_owt.stopping import RunFailed
+from clm_owt.data.sources import Source
+from clm_owt.errors import InputError, RunFailed, one_line
 
 T = TypeVar("T")
 
@@ -149,7 +149,7 @@ class Parts:
                     if piece.position.row >= start.row:
                         yield piece
         except (pa.ArrowInvalid, OSError, ValueError) as error:
-            raise InputError(f"{file}: cannot be read ({describe(error)}); delete it and start again") from error
+            raise InputError(f"{file}: cannot be read ({one_line(error)}); delete it and start again") from error
 
     def drop_before(self, file: int) -> None:
         """Remove the parts that the store does not need any more."""

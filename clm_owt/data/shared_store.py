@@ -6,9 +6,11 @@ import tempfile
 from pathlib import Path
 
 from clm_owt.data.encoding import TOKENIZER_FILES, TokenizerFolder, publish, tokenizer_folder
-from clm_owt.data.sources import Source, describe, limit_silence, patiently, remember_refs
+from clm_owt.data.retries import limit_silence, patiently
+from clm_owt.data.sources import Source, remember_refs
 from clm_owt.data.token_store import FORMAT_VERSION, TokenStore, read_manifest, store_folder, whole_shards
-from clm_owt.recipe import InputError, Recipe
+from clm_owt.errors import InputError, one_line
+from clm_owt.recipe import Recipe
 
 TOKENIZER = "tokenizer"  # its folder in the repository
 
@@ -70,7 +72,7 @@ def upload_store(store: TokenStore, repo_id: str, private: bool = False) -> None
         api.upload_file(repo_id=repo_id, repo_type="dataset", path_or_fileobj=card.encode(), path_in_repo="README.md")
     except Exception as error:  # the Hub's and the HTTP client's own kinds
         raise InputError(
-            f"--upload_to: {repo_id} does not take the store ({describe(error)}); log in with a token that may write "
+            f"--upload_to: {repo_id} does not take the store ({one_line(error)}); log in with a token that may write "
             "there (hf auth login), and the same command goes on"
         ) from error
 
@@ -115,7 +117,7 @@ def fetch(repo_id: str, folder: Path) -> None:
             allow_patterns=["*.arrow", "manifest.json", f"{TOKENIZER}/*"],
         )
     except Exception as error:  # the Hub's and the HTTP client's own kinds
-        raise InputError(f"--download_from: {repo_id} cannot be taken from the Hub ({describe(error)})") from error
+        raise InputError(f"--download_from: {repo_id} cannot be taken from the Hub ({one_line(error)})") from error
 
 
 def check_same(recipe: Recipe, source: Source, tokenizer: TokenizerFolder, manifest: dict, repo_id: str) -> None:

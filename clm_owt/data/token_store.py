@@ -25,7 +25,8 @@ import xxhash
 
 from clm_owt.data.encoding import TokenizerFolder, tokenizer_folder
 from clm_owt.data.sources import Source
-from clm_owt.recipe import InputError, Recipe
+from clm_owt.errors import InputError
+from clm_owt.recipe import Recipe
 
 BLOCKS_PER_SHARD = 8192  # a constant of the format: 16 MB at 1024 tokens of 2 bytes
 FORMAT_VERSION = 1

@@ -1,0 +1,98 @@
+"""The batch contract: how a global batch is cut into micro-batches, exactly, whatever the machine. Pure arithmetic.
+
+A recipe's G blocks per optimizer step are shared out over W processes, and each process takes its share in
+micro-batches of m: the last one is smaller where m does not divide; nothing is padded, dropped or repeated.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # this arithmetic needs no torch
+    from torch import Tensor
+
+# The label of a position that does not count, as in torch.nn.functional.cross_entropy.
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Positions [start, stop) of a global batch, counted from the batch's first block. At weight 0 they are another
+    micro-batch's, and run through the model only because all processes must run equally often."""
+
+    start: int
+    stop: int
+    weight: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def labels(self, input_ids: "Tensor") -> "Tensor":
+        """The labels of its blocks: at weight 0 none counts, so that loss and gradient are exactly zero."""
+        return input_ids if self.weight else input_ids.new_full(input_ids.shape, IGNORE_INDEX)
+
+
+def share(global_batch: int, processes: int, rank: int) -> MicroBatch:
+    """The contiguous part of a global batch that process `rank` takes; sizes differ by at most one."""
+    return MicroBatch(global_batch * rank // processes, global_batch * (rank + 1) // processes)
+
+
+def cut(
+    global_batch: int, processes: int, rank: int, micro_batch: int, equal_counts: bool = False
+) -> list[MicroBatch]:
+    """The micro-batches of process `rank`, at most `micro_batch` blocks each.
+
+    `equal_counts`: as many on every process, as FSDP2 needs it, whose forward and backward are collective; where one
+    is missing, a block of the batch is repeated at weight 0.
+    """
+    part = share(global_batch, processes, rank)
+    starts = range(part.start, part.stop, micro_batch)
+    pieces = [MicroBatch(start, min(start + micro_batch, part.stop)) for start in starts]
+    if equal_counts:
+        most = -(-largest_share(global_batch, processes) // micro_batch)
+        first = min(part.start, global_batch - 1)
+        pieces += [MicroBatch(first, first + 1, weight=0)] * (most - len(pieces))
+    return pieces
+
+
+def largest_share(global_batch: int, processes: int) -> int:
+    return -(-global_batch // processes)
+
+
+def candidate_sizes(global_batch: int, processes: int, max_batch_size: int) -> Iterator[int]:
+    """Micro-batch sizes from the largest down, each the smallest that cuts a share into that many micro-batches: for
+    512 on one process 512, 256, 171, 128, 103, 86, ... Sizes between them would need as many passes and more memory.
+    """
+    blocks = largest_share(global_batch, processes)
+    size = min(blocks, max_batch_size)
+    while size >= 1:
+        pieces = -(-blocks // size)
+        size = -(-blocks // pieces)
+        yield size
+        size -= 1
+
+
+def describe_cut(global_batch: int, processes: int, micro_batch: int) -> str:
+    """The batch arithmetic in words: `32 = 2 processes × 2 micro-batches of 8`."""
+    cuts = [[piece.size for piece in cut(global_batch, processes, rank, micro_batch)] for rank in range(processes)]
+    if all(sizes == cuts[0] for sizes in cuts):
+        per_process = " + ".join(runs(cuts[0]))
+        if " + " in per_process and processes > 1:
+            per_process = f"({per_process})"
+        return f"{global_batch} = {count(processes, 'process', 'processes')} × {per_process}"
+    return f"{global_batch} = " + " + ".join(f"({' + '.join(runs(sizes))})" for sizes in cuts)
+
+
+def runs(sizes: list[int]) -> list[str]:
+    """[8, 8, 4] as ['2 micro-batches of 8', '1 micro-batch of 4']."""
+    return [f"{count(sizes.count(size), 'micro-batch', 'micro-batches')} of {size}" for size in dict.fromkeys(sizes)]
+
+
+def count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def next_smaller(global_batch: int, processes: int, micro_batch: int) -> int | None:
+    """The micro-batch to step down to from one that did not fit; None below 1."""
+    return next(candidate_sizes(global_batch, processes, micro_batch - 1), None)

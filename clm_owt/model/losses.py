@@ -1,0 +1,303 @@
+"""Linear head, cross-entropy and sharpness penalty in one pass that never holds the logits of a whole batch.
+
+For logits z = W h with p = softmax(z), m = argmax z, H = -sum p log p, K the k largest and S = sum_K p:
+
+    penalty        value            gradient by z
+    non_max_sum    1 - p_m          p_m (p - e_m)
+    neg_max_prob   -p_m             p_m (p - e_m)
+    neg_entropy    H (minimised)    -p (log p + H)
+    top_k_mass     1 - S            S p - p 1_K
+
+and p - e_y for cross-entropy of target y. The gradient of a chunk of logits is known as soon as the chunk is, so the
+forward overwrites the logits with it and multiplies it at once into the gradients of hidden states and weight: three
+matrix products per chunk, nothing of size N x V, and a backward that has nothing left to do.
+
+What exists serves less: the loss of torch 2.13's `F.linear_cross_entropy` is wrong for bf16 inputs (9.1 where it is
+10.9), and on a CPU it was no faster than all logits at once; Liger's kernel has neither penalty nor statistics.
+"""
+
+import contextlib
+import functools
+import math
+import sys
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from clm_owt.batch import IGNORE_INDEX
+from clm_owt.recipe import PENALTY_TYPES
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where a double cannot hold it."""
+    return math.exp(loss) if loss < 709 else math.inf
+
+
+class LossOutput(NamedTuple):
+    """Sums over the positions that are not ignored, divided by `num_items`: 0-d tensors on the device, float32 (or
+    float64 for float64 inputs). `loss` = ce_loss + penalty_weight * penalty, the only one with a gradient; `max_prob`
+    is the probability of the likeliest token; `entropy` is in nats."""
+
+    loss: Tensor
+    ce_loss: Tensor
+    penalty: Tensor
+    max_prob: Tensor
+    entropy: Tensor
+
+
+# A graph break under torch.compile: the time is in the matrix products, which are library calls either way.
+@torch.compiler.disable
+def fused_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    num_items: int | Tensor,
+    penalty_type: str = "non_max_sum",
+    penalty_weight: float = 0.0,
+    penalty_top_k: int = 5,
+    vocab_size: int | None = None,
+    chunk_rows: int | None = None,
+    compiled: bool = False,
+) -> LossOutput:
+    """Cross-entropy plus `penalty_weight` times the sharpness penalty of softmax(hidden @ weight.T).
+
+    hidden [N, D] and weight [V, D] floating, targets [N] int64, -100 where a position does not count. Under autocast
+    the matrix products are in its dtype; softmax, sums and the accumulation of the weight's gradient stay in float32.
+    `num_items`, an int or a 0-d tensor, is what sums are divided by: with the number of targets of the whole step,
+    micro-batches and processes simply add up. Rows of `weight` from `vocab_size` on are padding: in no softmax, and
+    with a gradient of zero. `chunk_rows` is how many rows of logits exist at a time. `compiled`: the softmax and all
+    that is made of it become one kernel of torch.compile, where they are else a dozen passes over the chunk. Where no
+    gradient is wanted (no_grad, or nothing requires one) only the first of the three products is done. Raises
+    ValueError for an unknown penalty type or a k below 1.
+    """
+    penalty = _penalty(penalty_type, penalty_weight, penalty_top_k)
+    device_type = hidden.device.type
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if autocast and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+    # An int stays a Python number: a tensor of it would have to be copied to the device, which waits for the copy.
+    scale = 1 / (num_items.to(_statistics_dtype(dtype)) if isinstance(num_items, Tensor) else num_items)
+    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
+    chunk_rows = chunk_rows or default_chunk_rows(vocab_size, hidden.device)
+    softmax_block = _compiled_softmax_block() if compiled else _softmax_block
+    arguments = (hidden, weight, targets, scale, penalty, vocab_size, chunk_rows, dtype, softmax_block)
+    with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
+        if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+            return LossOutput(*_FusedLinearLoss.apply(*arguments))
+        statistics, _, _ = _loss_and_gradients(*arguments, want_hidden=False, want_weight=False)
+        return LossOutput(*statistics)
+
+
+def reference_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    num_items: int | Tensor,
+    penalty_type: str = "non_max_sum",
+    penalty_weight: float = 0.0,
+    penalty_top_k: int = 5,
+    vocab_size: int | None = None,
+) -> LossOutput:
+    """What `fused_linear_loss` computes, written down plainly: all logits at once, gradients by autograd."""
+    penalty = _penalty(penalty_type, penalty_weight, penalty_top_k)
+    logits = F.linear(hidden, weight)[:, :vocab_size]
+    logits = logits.to(_statistics_dtype(logits.dtype))
+    valid = targets != IGNORE_INDEX
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    max_prob = p.gather(1, logits.max(-1, keepdim=True).indices).squeeze(1)
+    entropy = -(p * log_p).sum(-1)
+    sharpness = {
+        "non_max_sum": lambda: 1 - max_prob,
+        "neg_max_prob": lambda: -max_prob,
+        "neg_entropy": lambda: entropy,
+        "top_k_mass": lambda: 1 - p.gather(1, logits.topk(min(penalty.top_k, logits.shape[1])).indices).sum(-1),
+    }[penalty.type]()
+    ce_loss = -log_p.gather(1, torch.where(valid, targets, 0)[:, None]).squeeze(1)
+    ce_loss, sharpness, max_prob, entropy = (
+        torch.where(valid, rows, 0).sum() / num_items for rows in (ce_loss, sharpness, max_prob, entropy)
+    )
+    loss = ce_loss + penalty.weight * sharpness
+    return LossOutput(loss, ce_loss.detach(), sharpness.detach(), max_prob.detach(), entropy.detach())
+
+
+class _Penalty(NamedTuple):
+    type: str
+    weight: float
+    top_k: int
+
+
+def _penalty(penalty_type: str, weight: float, top_k: int) -> _Penalty:
+    if penalty_type not in PENALTY_TYPES:
+        raise ValueError(f"penalty_type {penalty_type!r}: expected one of {', '.join(PENALTY_TYPES)}")
+    if top_k < 1:
+        raise ValueError(f"penalty_top_k {top_k}: expected at least 1")
+    return _Penalty(penalty_type, weight, top_k)
+
+
+class _FusedLinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, *rest):
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        statistics, grad_hidden, grad_weight = _loss_and_gradients(
+            hidden, weight, *rest, want_hidden=want_hidden, want_weight=want_weight
+        )
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(*statistics[1:])
+        return tuple(statistics)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_):
+        # The saved gradients are those for a grad_loss of 1, and must not be modified. To look whether it is 1 costs
+        # nothing on a CPU, where the product with V x D would take 1 % of a step. Elsewhere looking would wait for the
+        # device, and the product is some 0.1 ms.
+        unchanged = grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
+        grads = [g if g is None or unchanged else (g * grad_loss).to(g.dtype) for g in ctx.saved_tensors]
+        return *grads, *[None] * 7
+
+
+def _loss_and_gradients(
+    hidden, weight, targets, scale, penalty, vocab_size, chunk_rows, dtype, softmax_block, *, want_hidden, want_weight
+):
+    """Statistics [5] as in LossOutput, and the gradients of the loss by hidden and weight where wanted, else None."""
+    device, exact = hidden.device, _statistics_dtype(dtype)
+    N, D = hidden.shape
+    # Chunks of about one size: a short last one would read and write the whole weight for little.
+    chunk_rows = -(-N // -(-N // chunk_rows))
+    # Rows start on boundaries that matrix units like: with a stride of 50,257 floats the first product runs at 0.7 of
+    # the speed it has with 50,272 (128 against 176 GFLOP/s on a 2-core Zen 4).
+    stride = -(-vocab_size // 16) * 16
+    logits_buffer = torch.empty(chunk_rows, stride, dtype=exact, device=device)[:, :vocab_size]
+    rounded = dtype != exact
+    rounded_buffer = torch.empty(chunk_rows, stride, dtype=dtype, device=device)[:, :vocab_size] if rounded else None
+    block_rows = min(chunk_rows, _block_rows(vocab_size, device))
+    exp_buffer = torch.empty(block_rows, vocab_size, dtype=exact, device=device)
+
+    inputs, kernel = hidden.to(dtype), weight[:vocab_size].to(dtype)
+    valid = targets != IGNORE_INDEX
+    targets = torch.where(valid, targets, 0).unsqueeze(1)
+    # float16 holds no 1/500,000: its products take the gradient unscaled, and the scale comes after them.
+    scale_after = dtype == torch.float16
+    row_scale = valid.to(exact).unsqueeze(1) * (1.0 if scale_after else scale)
+
+    rows = torch.empty(4, N, dtype=exact, device=device)
+    grad_hidden = torch.empty(N, D, dtype=exact, device=device) if want_hidden else None
+    grad_weight = torch.empty(weight.shape, dtype=exact, device=device) if want_weight else None
+    if want_weight:
+        grad_weight[vocab_size:] = 0
+
+    for start in range(0, N, chunk_rows):
+        chunk = slice(start, min(start + chunk_rows, N))
+        logits = logits_buffer[: chunk.stop - chunk.start]
+        _matmul(inputs[chunk], kernel.t(), out=logits)
+        # On a CPU the softmax goes block by block through the cache; elsewhere the block is the chunk.
+        for first in range(start, chunk.stop, block_rows):
+            block = slice(first, min(first + block_rows, chunk.stop))
+            z = logits[first - start : block.stop - start]
+            rows[:, block] = softmax_block(
+                z, exp_buffer[: len(z)], targets[block], row_scale[block], penalty, want_hidden or want_weight
+            )
+        gradient = rounded_buffer[: len(logits)].copy_(logits) if rounded else logits
+        if want_hidden:
+            _matmul(gradient, kernel, out=grad_hidden[chunk])
+        if want_weight:
+            # beta = 0 writes without reading: no zero-filled buffer.
+            _matmul(gradient.t(), inputs[chunk], out=grad_weight[:vocab_size], beta=int(start > 0))
+
+    if scale_after:
+        grad_hidden, grad_weight = (g if g is None else g.mul_(scale) for g in (grad_hidden, grad_weight))
+    ce_loss, sharpness, max_prob, entropy = torch.where(valid, rows, 0).sum(1) * scale
+    statistics = (ce_loss + penalty.weight * sharpness, ce_loss, sharpness, max_prob, entropy)
+    return (
+        statistics,
+        grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype),
+        grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
+    )
+
+
+def _softmax_block(z, e, target, scale, penalty, want_gradient):
+    """Cross-entropy, penalty, max-probability and entropy [4, r] of logits z [r, V], which become, where wanted, the
+    gradient times scale [r, 1]. e [r, V] is work space, target [r, 1].
+
+    Written so that nothing cancels when a softmax saturates: with s = z - z_m the sum over all but the k largest is
+    taken by itself, and 1 - p_m, 1 - S and the gradient at m are built from it and not as differences from 1.
+    """
+    k = min(penalty.top_k, z.shape[1]) if penalty.type == "top_k_mass" else 1
+    top_z, top = z.max(-1, keepdim=True) if k == 1 else z.topk(k)
+    top_z, best = top_z - top_z[:, :1], top_z[:, :1]
+    target_s = z.gather(1, target) - best
+    s = z.sub_(best)
+    torch.exp(s, out=e)
+    e.scatter_(1, top, 0.0)
+    top_e = top_z.exp()
+    outside = e.sum(-1, keepdim=True)
+    rest = outside + top_e[:, 1:].sum(-1, keepdim=True)
+    total = 1 + rest
+    mean_s = (torch.linalg.vecdot(e, s).unsqueeze(1) + (top_e * top_z).sum(-1, keepdim=True)) / total
+    log_total = rest.log1p()
+    max_prob, outside = 1 / total, outside / total
+    entropy = log_total - mean_s
+    sharpness = {"non_max_sum": outside, "neg_max_prob": -max_prob, "neg_entropy": entropy, "top_k_mass": outside}
+
+    if want_gradient:
+        weight = penalty.weight
+        top_p = top_e / total
+        if penalty.type == "neg_entropy":  # -p (log p + H) = -p (s - mean_s)
+            if weight:
+                s.mul_(-weight).add_(1 + weight * mean_s).mul_(e).mul_(scale / total)
+            else:
+                torch.mul(e, scale / total, out=z)
+            top_penalty = top_p * mean_s
+        else:  # S p outside of K, (S - 1) p inside
+            torch.mul(e, scale * (1 + weight * (1 - outside)) / total, out=z)
+            top_penalty = -top_p * outside
+        hit = target == top[:, :1]
+        top_gradient = torch.cat((torch.where(hit, -rest / total, top_p[:, :1]), top_p[:, 1:]), 1)
+        z.scatter_(1, top, scale * (top_gradient + weight * top_penalty))
+        z.scatter_add_(1, target, torch.where(hit, 0, -scale))
+    return torch.cat((log_total - target_s, sharpness[penalty.type], max_prob, entropy), 1).t()
+
+
+@functools.cache
+def _compiled_softmax_block():
+    return torch.compile(_softmax_block)
+
+
+def _matmul(a: Tensor, b: Tensor, out: Tensor, beta: int = 0) -> None:
+    """out = beta * out + a @ b, out in float32 also where a and b are not."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out) if beta else torch.mm(a, b, out=out)
+    elif a.is_cuda and torch.version.cuda:  # can keep the float32 of its accumulator (not run by the project yet)
+        out.add_(torch.mm(a, b, out_dtype=out.dtype)) if beta else torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        product = torch.mm(a, b)
+        out.add_(product) if beta else out.copy_(product)
+
+
+def default_chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows of a chunk of logits. Each chunk reads the weight twice and its gradient once, and writes that: the more
+    rows, the less this weighs, and the more memory the chunk takes. A function of the machine and no timing of it, so
+    that a run is repeatable."""
+    if device.type == "cuda":
+        # Logits, their exponentials and the rounded gradient, 10 bytes an element, in 1/32 of the memory: 5,000 rows
+        # of GPT-2's vocabulary in 80 GB, where the traffic is some 5 % of the products (derived, not measured).
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return max(1, memory // 32 // (10 * vocab_size))
+    return 1024
+
+
+def _block_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows of logits that pass through the softmax together. On a CPU 4 MB of them, which stay in its cache with their
+    exponentials: for 1,023 rows of 50,257 on one core 0.24 s, against 0.27 in 0.5 MB and 0.34 in 64 MB."""
+    return max(1, 2**20 // vocab_size) if device.type == "cpu" else sys.maxsize
+
+
+def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

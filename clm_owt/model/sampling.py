@@ -1,0 +1,100 @@
+"""Text from the model."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from clm_owt.errors import InputError
+
+
+@torch.no_grad()
+def sample(
+    model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    top_k: int = 0,
+    streamer: BaseStreamer | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """One continuation for each prompt, without the prompt, by nucleus sampling.
+
+    The same seed gives the same text on the same machine. The random states of the caller are left as they were. A
+    prompt and its continuation together are kept within the model's context. `top_k` 0 leaves all tokens; `streamer`
+    gets the tokens as they come. `check` is called after each token; raise
+    from it to break off.
+    """
+    device = next(model.parameters()).device
+    context = model.config.n_positions
+    was_training = model.training
+    model.eval()
+    continuations = []
+    devices = [] if device.type in ("cpu", "mps") else [device]
+    try:
+        with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+            torch.manual_seed(seed)
+            for prompt in prompts:
+                ids = tokenizer(prompt, return_tensors="pt").input_ids[:, -(context - 1) :].to(device)
+                if ids.shape[1] == 0:  # an empty prompt starts a document
+                    ids = torch.tensor([[tokenizer.eos_token_id]], device=device)
+                output = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=True,
+                    temperature=temperature,
+                    top_p=top_p,
+                    top_k=top_k,
+                    max_new_tokens=min(max_new_tokens, context - ids.shape[1]),
+                    pad_token_id=tokenizer.eos_token_id,
+                    use_cache=True,
+                    # Where parameters are sharded every process must take as many forward passes as the longest text.
+                    synced_gpus=isinstance(next(model.parameters()), DTensor),
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([Interruptible(check)]),
+                )
+                continuations.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    finally:
+        model.train(was_training)
+    return continuations
+
+
+def load(model: str, revision: str | None = None) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder or a Hub id, on the best device here. Raises InputError where there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+        loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--model {model}: {reason} Give a run's model/ folder or a Hub id") from error
+    return loaded.to(best_device()).eval(), tokenizer
+
+
+def best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+class Interruptible(StoppingCriteria):
+    """Ends no continuation, but lets `check` break off the whole."""
+
+    def __init__(self, check: Callable[[], None]):
+        self._check = check
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        self._check()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

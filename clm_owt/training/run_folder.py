@@ -1,0 +1,235 @@
+"""The run's folder: what was asked (recipe.yaml), what it implied and on what it ran (plan.json), how it went."""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from clm_owt.data.ngrams import ngram_losses
+from clm_owt.data.sources import Source
+from clm_owt.data.token_store import TokenStore
+from clm_owt.errors import InputError
+from clm_owt.formatting import clock
+from clm_owt.model.fp8 import transpose_linear_weights
+from clm_owt.model.gpt2 import GPT2ForPretraining
+from clm_owt.planning.plan import Plan
+from clm_owt.recipe import Recipe, show
+from clm_owt.reports.record import read_metrics
+from clm_owt.state import TrainState
+from clm_owt.training.checkpoint import copy_to_host, damage, find_newest, flush_to_disk
+from clm_owt.training.micro_batch_search import MicroBatchSearch
+from clm_owt.training.processes import Processes
+
+# Data up to this size are also modelled by unigrams and bigrams, for comparison; it takes seconds.
+BASELINE_TOKENS = 20_000_000
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "gigatoken", "huggingface_hub", "numpy")
+
+
+@dataclass(frozen=True)
+class ExistingRun:
+    """What the run's folder holds when the command starts."""
+
+    plan: dict[str, object] | None = None
+    checkpoint: Path | None = None  # to continue from; None: from the start
+    passed_over: tuple[str, ...] = ()  # why newer checkpoints were
+    finished: bool = False
+
+    def pin_data(self, recipe: Recipe) -> Recipe:
+        """The recipe, reading the very commit of the dataset that the run began with."""
+        commit = self.plan["source"]["commit"] if self.plan else None
+        return dataclasses.replace(recipe, dataset_revision=commit) if commit else recipe
+
+    @property
+    def resumed_after(self) -> list[int]:
+        """The steps after which the run was continued, this session included."""
+        if self.checkpoint is None:
+            return []
+        step = json.loads((self.checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
+        return [before for before in (self.plan or {}).get("resumed_after", []) if before <= step] + [step]
+
+    @property
+    def micro_batch_search(self) -> dict[str, object] | None:
+        return self.plan.get("micro_batch_search") if self.plan else None
+
+    def check_same_data(self, store: str) -> None:
+        """Raises InputError if the token store is not the one that the run began with."""
+        if self.checkpoint is not None and self.plan["store"] != store:
+            raise InputError(
+                f"output_dir: the run there began with other data or another tokenizer (token store "
+                f"{self.plan['store']}, now {store}): files, packages or the tokenizer have changed since; "
+                "restore them, or give another output_dir"
+            )
+
+
+def find_existing_run(recipe: Recipe) -> ExistingRun:
+    """The run that the command continues, if there is one.
+
+    Raises InputError where the folder holds another run, or this one and it is not to be continued.
+    """
+    folder = Path(recipe.output_dir)
+    plan = plan_of_same_run(recipe, folder)
+    if recipe.resume_from_checkpoint == "never":
+        if plan:
+            raise InputError(
+                f"output_dir: {folder} holds this run already, and resume_from_checkpoint is never; "
+                "remove the folder or give another output_dir"
+            )
+        return ExistingRun()
+    if recipe.resume_from_checkpoint == "auto":
+        checkpoint, passed_over = find_newest(folder / "checkpoints")
+        if checkpoint is not None and plan is None:
+            raise InputError(
+                f"output_dir: {folder} holds checkpoints but lacks recipe.yaml or plan.json; restore them from a "
+                "copy, or give another output_dir"
+            )
+    else:
+        checkpoint, passed_over = Path(recipe.resume_from_checkpoint).absolute(), []
+        plan = plan_of_same_run(recipe, checkpoint.parent.parent)
+        if plan is None:
+            raise InputError(
+                f"resume_from_checkpoint: {checkpoint} does not lie in a run's folder, with recipe.yaml and plan.json "
+                "two levels above it"
+            )
+        reason = damage(checkpoint)
+        if reason is not None:
+            raise InputError(f"resume_from_checkpoint: {checkpoint}: {reason}; give a whole one, or auto")
+    finished = recipe.resume_from_checkpoint == "auto" and bool(plan) and "finished" in plan
+    remarks = tuple(f"Passed over {line}" for line in passed_over)
+    return ExistingRun(plan, checkpoint, remarks, finished)
+
+
+def plan_of_same_run(recipe: Recipe, folder: Path) -> dict[str, object] | None:
+    """The plan of the run in `folder`, if there is one. Raises InputError if it is another run than the recipe's."""
+    if not ((folder / "recipe.yaml").exists() and (folder / "plan.json").exists()):
+        return None
+    try:
+        begun = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        plan = read_plan(folder)
+        begun_settings = {name: begun.get(name) for name in recipe.result_settings()}
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"output_dir: recipe.yaml or plan.json in {folder} cannot be read ({' '.join(str(error).split())});\n"
+            "  restore them from a copy, or give another output_dir"
+        ) from error
+    now = recipe.to_dict()
+    different = [name for name, value in begun_settings.items() if value != now[name]]
+    if different:
+        changes = ", ".join(f"{name}: {show(begun_settings[name])} -> {show(now[name])}" for name in different)
+        if (folder / "model").exists():
+            way_on = f"or begin a new run from its weights: --init_from {folder}/model --output_dir {folder}-2"
+        else:
+            way_on = f"when it has ended, --init_from {folder}/model begins a new run from its weights"
+        raise InputError(f"output_dir: {folder} holds another run ({changes}); give another output_dir,\n  {way_on}")
+    return plan
+
+
+def begin(
+    recipe: Recipe, plan: Plan, search: MicroBatchSearch, source: Source, store: str, resumed_after: list[int]
+) -> None:
+    """Create the run's folder, or renew recipe.yaml and plan.json in it; each is replaced in one piece."""
+    folder = Path(recipe.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_aside(folder / "recipe.yaml", recipe.to_yaml())
+    content = {
+        **plan.to_dict(),
+        "micro_batch_search": search.to_dict(),
+        "source": json.loads(source.to_json()),
+        "store": store,
+        "resumed_after": resumed_after,
+        "environment": environment(),
+    }
+    write_aside(folder / "plan.json", json.dumps(content, indent=2) + "\n")
+
+
+def export(
+    recipe: Recipe,
+    model: GPT2ForPretraining,
+    tokenizer: PreTrainedTokenizerBase,
+    store: TokenStore,
+    state: TrainState,
+    processes: Processes,
+) -> None:
+    """Write `model/` with model and tokenizer, in one piece, and the end of the run to plan.json. Collective."""
+    weights = transpose_linear_weights(model, copy_to_host(dict(model.named_parameters()), keep=processes.rank == 0))
+    if processes.rank != 0:
+        return
+    folder = Path(recipe.output_dir)
+    aside = folder / "model.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside, state_dict=weights)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    aside.rename(folder / "model")
+    end: dict[str, object] = {"finished": True, "elapsed_seconds": round(state.elapsed_seconds, 1)}
+    if store.complete and store.train_blocks * recipe.block_size <= BASELINE_TOKENS:
+        train_blocks = store.train.read(np.arange(store.train_blocks))
+        validation_blocks = store.validation.read(np.arange(len(store.validation)))
+        unigram, bigram = ngram_losses(train_blocks, validation_blocks, len(tokenizer))
+        end["baselines"] = {"unigram": unigram, "bigram": bigram}
+    plan = read_plan(folder) | end
+    write_aside(folder / "plan.json", json.dumps(plan, indent=2) + "\n")
+
+
+def read_plan(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+
+
+def write_aside(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    flush_to_disk(aside)
+    aside.replace(path)
+
+
+def environment() -> dict[str, object]:
+    """What the run runs on, for whoever wants to repeat it."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def summarize(folder: Path) -> list[str]:
+    """How a finished run went, from its folder."""
+    plan = read_plan(folder)
+    rows = read_metrics(folder / "metrics.jsonl")
+    validations = [row for row in rows if row["split"] == "validation"]
+    trainings = [row for row in rows if row["split"] == "train"]
+    first, last = validations[0], validations[-1]
+    rates = sorted(row["tokens_per_second"] for row in trainings)
+    lines = [
+        f"Finished {folder.name}: {last['step']} steps, {last['tokens']:,} tokens in "
+        f"{clock(plan['elapsed_seconds'])}, {rates[len(rates) // 2]:,.0f} tokens/s (median)",
+        f"  validation loss {first['loss']:.4f} -> {last['loss']:.4f}, perplexity {last['perplexity']:,.2f}; "
+        f"last training loss {trainings[-1]['loss']:.4f}",
+    ]
+    baselines = plan.get("baselines")
+    if baselines:
+        lines.append(
+            f"  on the same tokens a unigram model has {baselines['unigram']:.4f}, "
+            f"a smoothed bigram model {baselines['bigram']:.4f}"
+        )
+    lines.append(f"  model in {folder / 'model'}, metrics in {folder / 'metrics.jsonl'}")
+    if (folder / "samples.md").exists():
+        lines.append(f"  samples in {folder / 'samples.md'}")
+    return lines

@@ -1,0 +1,96 @@
+"""A dataset server that fails for a while: the same data as without, and it is said."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.hub_fixtures import GPT2, OPENWEBTEXT
+
+from clm_owt.data.retries import PAUSES, may_pass
+from clm_owt.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+BUILD = """
+import json, sys
+from clm_owt.data import sources
+from clm_owt.data.builder import build
+from clm_owt.recipe_reader import load_recipe
+sources.SECONDS_OF_SILENCE = 1.0
+sources.PAUSES = sources.PAUSES[:int(sys.argv[2])]
+recipe = load_recipe(json.loads(sys.argv[1]))
+build(recipe, sources.resolve_source(recipe))
+"""
+
+
+def build_store(hub, cache: Path, attempts: int = 12, tokenizer: str = "none") -> subprocess.CompletedProcess[str]:
+    argv = ["--dataset_name", OPENWEBTEXT, "--block_size", "8", "--tokenizer_name", tokenizer]
+    argv += ["--train_tokenizer_vocab_size", "300" if tokenizer == "none" else "none"]
+    argv += ["--validation_documents", "20", "--data_cache_dir", str(cache)]
+    argv += ["--effective_batch_size", "1", "--learning_rate", "1", "--warmup_steps", "0", "--max_steps", "1"]
+    env = hub.env(home=cache / "hf") | {"PYTHONPATH": str(ROOT), "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    command = [sys.executable, "-c", BUILD, json.dumps(argv), str(attempts - 1)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+
+
+def shards(cache: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (cache / "stores").rglob("*.arrow")}
+
+
+def test_503_resets_stalls_and_cuts_change_nothing_in_the_data_and_are_said(owt_hub, tmp_path):
+    result = build_store(owt_hub, tmp_path / "quiet")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    owt_hub.fault("/api/datasets/*", status=503)
+    owt_hub.fault("/storage/*", status=503, times=7)  # more than the client itself repeats
+    owt_hub.fault("/storage/*", reset=True, times=7)
+    owt_hub.fault("/storage/*", after=2000, cut=True, times=2)
+    owt_hub.fault("/storage/*", stall=3.0, times=1)
+    result = build_store(owt_hub, tmp_path / "troubled")
+    assert result.returncode == 0, result.stderr
+    assert "trying again in 1 s" in result.stdout
+    assert all("trying again in" in line for line in result.stdout.splitlines()), result.stdout
+    assert shards(tmp_path / "troubled") == shards(tmp_path / "quiet") != {}
+    assert not any(fault.hits < fault.times for fault in owt_hub.faults)
+
+
+def test_a_server_that_stays_away_is_an_error_and_the_store_goes_on_when_it_is_back(owt_hub, tmp_path):
+    assert sum(PAUSES) == 363  # what the README says: about six minutes
+    result = build_store(owt_hub, tmp_path / "quiet", tokenizer=GPT2)
+    last_file = owt_hub.requests("/storage/*")[-1].path
+    away = owt_hub.fault(last_file, status=503, times=math.inf)
+    result = build_store(owt_hub, tmp_path / "left", attempts=3, tokenizer=GPT2)
+    assert result.returncode == 1
+    assert [line.rpartition("; ")[2] for line in result.stdout.splitlines()] == [
+        "trying again in 1 s",
+        "trying again in 2 s",
+    ]
+    assert "InputError: " in result.stderr and "cannot be read" in result.stderr
+    begun = shards(tmp_path / "left")
+    assert begun
+    owt_hub.faults.remove(away)
+    result = build_store(owt_hub, tmp_path / "left", tokenizer=GPT2)
+    assert (result.returncode, result.stdout) == (0, "")
+    assert shards(tmp_path / "left") == shards(tmp_path / "quiet") != begun
+
+
+def test_what_will_not_pass_is_not_tried_again(owt_hub, tmp_path):
+    owt_hub.fault("/api/datasets/*", status=404, times=9)
+    result = build_store(owt_hub, tmp_path / "cache")
+    assert result.returncode == 1
+    assert "trying again" not in result.stdout
+    assert "InputError: dataset_name: " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("cause", "passes"),
+    [(ConnectionResetError(), True), (TimeoutError(), True), (ValueError("5"), False), (FileNotFoundError(), False)],
+)
+def test_only_troubles_of_the_connection_pass(cause, passes):
+    try:
+        raise InputError("x: cannot be read") from cause
+    except InputError as error:
+        assert may_pass(error) == passes

@@ -1,0 +1,256 @@
+import ast
+import gzip
+import json
+import sysconfig
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.hub_server import HubServer
+
+from clm_owt.data.builder import build
+from clm_owt.data.documents import Position, read_documents
+from clm_owt.data.ngrams import ngram_losses
+from clm_owt.data.python_docs import docstrings, python_docs
+from clm_owt.data.sources import Source, remember_refs, resolve_source
+from clm_owt.errors import InputError
+from clm_owt.recipe import Recipe
+
+TEXTS = [f"document number {i}" for i in range(100)]
+JSON_LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def recipe(tmp_path: Path, **settings) -> Recipe:
+    required = {"effective_batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0, "max_steps": 1}
+    return Recipe(**required | {"data_cache_dir": str(tmp_path / "cache")} | settings)
+
+
+def written(file: Path, content: bytes | pa.Table, row_group_size: int = 10) -> Path:
+    if isinstance(content, pa.Table):
+        pq.write_table(content, file, row_group_size=row_group_size)
+    else:
+        file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
+    return file
+
+
+def files_source(tmp_path: Path, kind: str, *files: Path | str, **settings) -> Source:
+    return resolve_source(recipe(tmp_path, dataset_name=kind, data_files=tuple(map(str, files)), **settings))
+
+
+def texts_of(source: Source, **options) -> list[str]:
+    return [text for _, texts in read_documents(source, **options) for text in texts.to_pylist()]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+def test_json_lines_are_read_compressed_or_not(tmp_path, name):
+    assert texts_of(files_source(tmp_path, "json", written(tmp_path / name, JSON_LINES))) == TEXTS
+
+
+def test_a_text_files_documents_are_its_paragraphs(tmp_path):
+    file = written(tmp_path / "a.txt", "one\n\ntwo\nlines\n\n\n\nthree é\n".encode())
+    assert texts_of(files_source(tmp_path, "text", file)) == ["one", "two\nlines", "three é\n"]
+
+
+def test_parquet_of_any_text_type_is_read_by_its_text_column(tmp_path):
+    for kind in (pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        table = pa.table({"number": range(100), "page": pa.array(TEXTS, pa.string()).cast(kind)})
+        file = written(tmp_path / "a.parquet", table)
+        assert texts_of(files_source(tmp_path, "parquet", file, text_column="page")) == TEXTS
+
+
+def test_files_come_in_the_order_of_the_patterns_and_sorted_within_one(tmp_path):
+    for name in ("b", "a", "c"):
+        written(tmp_path / f"{name}.jsonl", json.dumps({"text": name}).encode())
+    assert texts_of(files_source(tmp_path, "json", tmp_path / "c.jsonl", tmp_path / "*.jsonl")) == ["c", "a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["json", "text", "parquet"])
+@pytest.mark.parametrize("rows_per_batch", [7, 25])
+def test_reading_goes_on_from_any_batch(tmp_path, kind, rows_per_batch):
+    """Twice in a row too: the position that a continued reading gives is as good as the first one's."""
+    contents = {"json": JSON_LINES, "text": "\n\n".join(TEXTS).encode(), "parquet": pa.table({"text": TEXTS})}
+    source = files_source(tmp_path, kind, *(written(tmp_path / f"{i}.{kind}", contents[kind]) for i in range(2)))
+    batches = list(read_documents(source, rows_per_batch=rows_per_batch))
+    assert sum(len(texts) for _, texts in batches) == 200
+    for start in range(0, len(batches), 3):
+        position = Position(**json.loads(json.dumps(vars(batches[start][0]))))
+        continued = list(read_documents(source, position, rows_per_batch))
+        assert [texts.to_pylist() for _, texts in continued] == [texts.to_pylist() for _, texts in batches[start:]]
+        if len(continued) > 1:
+            again = read_documents(source, continued[1][0], rows_per_batch)
+            assert [texts.to_pylist() for _, texts in again] == [
+                texts.to_pylist() for _, texts in batches[start + 1 :]
+            ]
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+PARQUET = pa.BufferOutputStream()
+pq.write_table(pa.table({"text": TEXTS}), PARQUET)
+NOT_UTF8 = pa.array([b"fine", b"a\xff"], pa.binary()).view(pa.string())
+BAD_DATA = {
+    "missing column": ("a.jsonl", b'{"txt": "a", "n": 1}\n', "no column 'text'; its columns are txt, n"),
+    "null": ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', "row 1, column 'text': null where text was expected"),
+    "only nulls": ("a.jsonl", b'{"text": null}\n', "row 0, column 'text': null where text was expected"),
+    "number": ("a.jsonl", b'{"text": "a"}\n{"text": 5}\n', "row 1, column 'text': 5 where text was expected"),
+    "numbers": ("a.jsonl", b'{"text": 5}\n{"text": 6}\n', "row 0, column 'text': 5 where text was expected"),
+    "nested": ("a.jsonl", b'{"text": "a"}\n{"text": {"b": [1]}}\n', r"row 1, column 'text': {'b': \[1\]} where text"),
+    "absent in a row": ("a.jsonl", b'{"text": "a"}\n{"other": 1}\n', "row 1, column 'text': null where text"),
+    "invalid UTF-8": ("a.jsonl", b'{"text": "ok"}\n{"text": "a\xff"}\n', r"row 1, .* not UTF-8 \(byte 1 is 0xff"),
+    "lone surrogate": (
+        "a.jsonl",
+        b'{"text": "ok"}\n{"text": "\\ud800"}\n',
+        "surrogate pair in string is invalid. in row 1",
+    ),
+    "no JSON": ("a.jsonl", b"nonsense\n", "cannot be read .*JSON parse error"),
+    "cut JSON": ("a.jsonl", JSON_LINES[:-10], "cannot be read .*JSON parse error.* in row 99"),
+    "zero-length JSON": ("a.jsonl", b"", "holds no rows"),
+    "truncated gz": ("a.jsonl.gz", None, "cannot be read .EOFError"),
+    "text not UTF-8": ("a.txt", b"one\n\ntwo \xe9\n", "not UTF-8 text .byte 0xe9"),
+    "zero-length Parquet": ("a.parquet", b"", "cannot be read .*0 bytes"),
+    "truncated Parquet": ("a.parquet", truncated(PARQUET.getvalue().to_pybytes()), "cannot be read .*corrupted"),
+    "Parquet column": ("a.parquet", pa.table({"t": TEXTS}), "no column 'text'; its columns are t"),
+    "Parquet null": ("a.parquet", pa.table({"text": [*TEXTS, None]}), "row 100, column 'text': null where text"),
+    "Parquet number": ("a.parquet", pa.table({"text": [3, 4]}), "row 0, column 'text': 3 where text was expected"),
+    "Parquet nested": ("a.parquet", pa.table({"text": [{"a": 1}]}), "row 0, column 'text': {'a': 1} where text"),
+    "Parquet binary": ("a.parquet", pa.table({"text": [b"a"]}), "row 0, column 'text': b'a' where text was expected"),
+    "Parquet not UTF-8": (
+        "a.parquet",
+        pa.table({"text": NOT_UTF8}),
+        "row 1, column 'text': not UTF-8 .byte 1 is 0xff",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_an_error_that_names_file_row_and_value_and_nothing_is_written(
+    tmp_path, case, gpt2_tokenizer_folder, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    name, content, message = BAD_DATA[case]
+    file = tmp_path / name
+    if case == "truncated gz":
+        file.write_bytes(truncated(gzip.compress(JSON_LINES)))
+    else:
+        written(file, content)
+    kind = {".txt": "text", ".parquet": "parquet"}.get(file.suffix, "json")
+    bad = recipe(
+        tmp_path,
+        dataset_name=kind,
+        data_files=(str(file),),
+        tokenizer_name=str(gpt2_tokenizer_folder),
+        validation_documents=1,
+        block_size=4,
+    )
+    with pytest.raises(InputError, match=message) as raised:
+        build(bad, resolve_source(bad))
+    assert str(file) in str(raised.value)
+    assert len(str(raised.value).splitlines()) <= 3
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"data_files: '.*no-such.*' names no file"):
+        files_source(tmp_path, "json", tmp_path / "no-such-*.jsonl")
+
+
+def test_a_full_commit_needs_no_connection_and_a_name_is_remembered(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    class NoHub:
+        def dataset_info(self, *_, **__):
+            raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", NoHub)
+    by_commit = recipe(tmp_path, dataset_name="owner/pages", dataset_revision=COMMIT)
+    assert resolve_source(by_commit).commit == COMMIT
+
+    by_name = recipe(tmp_path, dataset_name="owner/pages")
+    with pytest.raises(InputError, match="the Hub cannot be asked about 'owner/pages'"):
+        resolve_source(by_name)
+    remember_refs(Source("owner/pages", commit=COMMIT), tmp_path / "cache")
+    assert resolve_source(by_name).commit == COMMIT
+    assert resolve_source(by_name).identity() == resolve_source(by_commit).identity()
+
+
+def test_a_url_is_read_like_a_file_and_not_asked_again_once_a_store_was_begun(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", tmp_path / "downloads")
+    with HubServer(tmp_path / "hub") as hub:
+        url = hub.add_file("pages.txt", b"one\n\ntwo")
+        source = files_source(tmp_path, "text", url)
+        assert texts_of(source) == ["one", "two"]
+        with pytest.raises(InputError, match=r"no-such\.txt cannot be downloaded"):
+            files_source(tmp_path, "text", url.replace("pages", "no-such"))
+    remember_refs(source, tmp_path / "cache")
+    assert files_source(tmp_path, "text", url) == source  # the server is gone
+    local = files_source(tmp_path, "text", written(tmp_path / "a.txt", b"one\n\ntwo"))
+    assert local.identity() == source.identity()
+
+
+def test_a_source_survives_json(tmp_path):
+    for source in (
+        files_source(tmp_path, "json", written(tmp_path / "a.jsonl", JSON_LINES)),
+        Source("owner/pages", "config", "train", None, COMMIT, ("a/*.parquet",)),
+        resolve_source(recipe(tmp_path, dataset_name="python-docs")),
+    ):
+        assert Source.from_json(source.to_json()) == source
+
+
+# the built-in corpus
+
+
+def by_ast(source: bytes) -> set[str]:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
+    return {text for text in found if text and len(text) >= 200}
+
+
+@pytest.mark.parametrize("package", [".", "asyncio", "concurrent/futures", "email", "unittest", "xml/etree"])
+def test_docstrings_are_those_that_ast_finds(package):
+    """The lexer is 10 times as fast as `ast.parse`; in the standard library it differs nowhere but once: a string
+    that opens an `if` in ctypes."""
+    for file in sorted((Path(sysconfig.get_paths()["stdlib"]) / package).glob("[a-l]*.py")):
+        source = file.read_bytes()
+        assert set(docstrings(source)) == by_ast(source), file
+
+
+def test_strings_that_only_look_like_docstrings_are_not_taken():
+    long = b"words " * 50
+    source = (
+        b"x = '''\nfoo:\n'''\n" + b'y = {"key": """' + long + b'"""}\n# """\n' + b'def f():\n    # """ in a comment\n'
+    )
+    source += b'    s = \'"""\'\n    return """' + long + b'"""\n'
+    assert not by_ast(source) and not list(docstrings(source))
+    assert list(docstrings(b"x = '''\nfoo:\n'''\n# \"\"\"\ndef f():\n    # a\n    r'''" + long + b"'''\n")) == [
+        long.decode()
+    ]
+
+
+def test_the_corpus_is_5_to_15_megabytes_of_different_documents_in_a_fixed_order():
+    corpus = python_docs()
+    python_docs.cache_clear()
+    assert python_docs() == corpus
+    assert len(set(corpus)) == len(corpus)
+    assert min(map(len, corpus)) >= 200
+    assert 5e6 < sum(len(text.encode()) for text in corpus) < 15e6
+
+
+# what counting reaches
+
+
+def test_ngram_losses_are_those_computed_by_hand():
+    import numpy as np
+
+    train = np.array([[0, 1, 0, 1], [0, 2, 0, 1]])
+    validation = np.array([[0, 1, 2]])
+    unigram = np.array([4 + 1, 3 + 1, 1 + 1]) / (8 + 3)
+    bigram_01 = (3 + 200 * unigram[1]) / (4 + 200)  # 0 is followed by 1, 1, 2, 1
+    bigram_12 = (0 + 200 * unigram[2]) / (2 + 200)  # 1 by 0 and 0; the last 1 by nothing
+    expected = -np.log(unigram[[1, 2]]).mean(), -np.log([bigram_01, bigram_12]).mean()
+    assert ngram_losses(train, validation, 3) == pytest.approx(expected, rel=1e-12)

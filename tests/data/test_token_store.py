@@ -1,0 +1,354 @@
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from clm_owt.data import parts
+from clm_owt.data.builder import Builder, build
+from clm_owt.data.documents import Position
+from clm_owt.data.encoding import load_tokenizer
+from clm_owt.data.order import TrainingBlocks
+from clm_owt.data.packing import StoreWriter, write_store
+from clm_owt.data.parts import Encoded, groups_of_documents, with_end_of_text
+from clm_owt.data.sources import resolve_source
+from clm_owt.data.token_store import TokenStore
+from clm_owt.errors import InputError
+from clm_owt.recipe import Recipe
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer_folder(tmp_path_factory) -> Path:
+    """One id per byte: 'A' is 65, and 256 is the end of text. So a test can write down what a store must hold."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]  # GPT-2's byte alphabet
+    hidden = [b for b in range(256) if b not in shown]
+    vocabulary = {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
+    assert set(vocabulary) == set(alphabet)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    folder = tmp_path_factory.mktemp("bytes")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def recipe_for(tmp_path, byte_tokenizer_folder):
+    def make(documents: list[str] | None = None, **settings) -> Recipe:
+        if documents is not None:
+            file = tmp_path / "documents.jsonl"
+            file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+            settings |= {"dataset_name": "json", "data_files": (str(file),)}
+        if "train_tokenizer_vocab_size" not in settings:
+            settings = {"tokenizer_name": str(byte_tokenizer_folder)} | settings
+        required = {"effective_batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0, "max_steps": 1}
+        return Recipe(**required | {"data_cache_dir": str(tmp_path / "cache"), "validation_documents": 1} | settings)
+
+    return make
+
+
+def words(count: int, seed: int = 0) -> list[str]:
+    """`count` documents of 0 to 60 words; every tenth is empty."""
+    draw = random.Random(seed)
+    return [
+        " ".join(draw.choices(["the", "gradient", "of", "é", "中文", "loss\n"], k=draw.randrange(60) if i % 10 else 0))
+        for i in range(count)
+    ]
+
+
+def built(recipe: Recipe) -> TokenStore:
+    source = resolve_source(recipe)
+    build(recipe, source)
+    store = TokenStore(recipe, source)
+    assert store.is_whole()
+    return store
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def left_behind(cache: str) -> list[Path]:
+    return list(Path(cache).parent.glob("cache*"))
+
+
+# what is stored
+
+
+def test_the_blocks_of_a_small_corpus_are_those_computed_by_hand(recipe_for):
+    """Validation 'Ab' 'C'; training 'dE', '', 'fghi', 'j<|e': 256 after each, cut every 4 ids."""
+    recipe = recipe_for(["Ab", "", "C", "dE", "", "fghi", "j<|e"], validation_documents=2, block_size=4)
+    store = built(recipe)
+    assert store.validation.read([0]).tolist() == [[65, 98, 256, 67]]  # then 256: an incomplete block, dropped
+    assert store.train.read([0, 1, 2]).tolist() == [[100, 69, 256, 102], [103, 104, 105, 256], [106, 60, 124, 101]]
+    assert (len(store.validation), store.train_blocks) == (1, 3)
+    assert store.documents == {"validation": 2, "train": 3, "empty": 2}
+    assert store.tokens == {"validation": 4, "train": 12}
+    assert store.train.read([2, 0]).dtype == np.int64
+
+
+def test_blocks_go_across_documents_batches_and_shards(recipe_for, monkeypatch):
+    """Over 30 shards, against the same ids laid end to end in one array."""
+    monkeypatch.setattr(parts, "ENCODED_BYTES", 10_000)
+    documents = words(6000)
+    store = built(recipe_for(documents, validation_documents=300, block_size=3))
+    filled = [text for text in documents if text]
+    ids = [np.append(np.frombuffer(text.encode(), np.uint8).astype(np.int64), 256) for text in filled]
+    for split, of_split in ((store.validation, ids[:300]), (store.train, ids[300:])):
+        tokens = np.concatenate(of_split)
+        expected = tokens[: len(tokens) // 3 * 3].reshape(-1, 3)
+        assert np.array_equal(split.read(np.arange(len(split))), expected)
+    assert set(store.train.shard_rows[:-1]) == {8192} and len(store.train.shard_rows) > 30
+    assert store.documents["empty"] == len(documents) - len(filled)
+
+
+def test_ids_are_uint16_or_where_they_do_not_fit_uint32(recipe_for, byte_tokenizer_folder, tmp_path):
+    from datasets import Dataset
+
+    small = built(recipe_for(words(50), block_size=8))
+    content = json.loads((byte_tokenizer_folder / "tokenizer.json").read_text())
+    content["added_tokens"][0]["id"] = content["model"]["vocab"]["<|endoftext|>"] = 70_000
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large/tokenizer.json").write_text(json.dumps(content))
+    large = built(recipe_for(words(50), block_size=8, tokenizer_name=str(tmp_path / "large")))
+    for store, dtype in ((small, "uint16"), (large, "uint32")):
+        shard = Dataset.from_file(str(store.folder / "train-00000.arrow"))
+        assert shard.features["input_ids"].feature.dtype == dtype and shard.features["input_ids"].length == 8
+        assert shard[1]["input_ids"] == store.train.read([1])[0].tolist()
+    assert np.array_equal(large.train.read([0, 1]) == 70_000, small.train.read([0, 1]) == 256)
+
+
+def test_end_of_text_follows_every_document():
+    tokens = with_end_of_text(np.array([1, 2, 3], np.uint32), np.array([2, 0, 1]), 9, np.dtype(np.uint16))
+    assert tokens.tolist() == [1, 2, 9, 9, 3, 9]
+
+
+def test_documents_are_grouped_by_size_and_none_is_lost(monkeypatch):
+    import pyarrow as pa
+
+    monkeypatch.setattr(parts, "ENCODED_BYTES", 10)
+    texts = pa.array(["skip", "abc", "", "defgh", "x" * 30, "ij", "", "k" * 10, "l"], pa.large_string()).slice(1)
+    groups = [group.to_pylist() for group in groups_of_documents(texts)]
+    assert groups == [["abc", "", "defgh"], ["x" * 30], ["ij", ""], ["k" * 10], ["l"]]
+    assert groups_of_documents(texts.slice(0, 0)) == []
+
+
+def test_the_store_depends_on_content_not_on_where_it_lies(recipe_for, tmp_path):
+    recipe = recipe_for(words(50), block_size=8)
+    first = built(recipe).folder
+    elsewhere = shutil.copy(recipe.data_files[0], tmp_path / "copy.jsonl")
+    assert built(recipe_for(block_size=8, dataset_name="json", data_files=(str(elsewhere),))).folder == first
+    assert built(recipe_for(block_size=9, dataset_name="json", data_files=(str(elsewhere),))).folder != first
+    assert built(recipe_for(words(51), block_size=8)).folder != first
+
+
+# interruptions
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_build_interrupted_after_any_shard_continues_to_the_same_bytes(recipe_for, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "ENCODED_BYTES", 50_000)
+    documents = words(4000)
+    whole = built(recipe_for(documents, block_size=8, validation_documents=900)).folder
+    recipe = recipe_for(documents, block_size=8, validation_documents=900, data_cache_dir=str(tmp_path / "again"))
+    source = resolve_source(recipe)
+
+    def stop(split):
+        raise Interrupted
+
+    interruptions = 0
+    while not TokenStore(recipe, source).is_whole():
+        try:
+            build(recipe, source, stop)
+        except Interrupted:
+            interruptions += 1
+            store = TokenStore(recipe, source)
+            store.refresh()
+            if not store.complete:  # what a kill amid writing leaves
+                (store.folder / f"train-{len(store.train.shard_rows):05d}.partial").write_bytes(b"torn")
+                (store.folder / "manifest.json.partial").write_bytes(b"torn")
+    assert interruptions > 8
+    assert contents(store.folder) == contents(whole)
+
+
+def test_a_build_killed_at_random_instants_continues_to_the_same_bytes(recipe_for, tmp_path):
+    documents = words(30_000)
+    settings = {"block_size": 16, "validation_documents": 500, "train_tokenizer_vocab_size": 300}
+    whole = built(recipe_for(documents, **settings)).folder
+    recipe = recipe_for(documents, **settings, data_cache_dir=str(tmp_path / "killed"))
+    source = resolve_source(recipe)
+    draw = random.Random(1)
+    for shards in (0, 1, 4):
+        builder = Builder.start(recipe, source)
+        store = TokenStore(recipe, source)
+        while not store.complete and store.train_blocks_so_far < shards * 8192:
+            builder.check()
+            time.sleep(0.002)
+        time.sleep(draw.random() * (2.0 if shards == 0 else 0.05))
+        os.killpg(builder.process.pid, signal.SIGKILL)
+        builder.process.wait()
+        if not store.complete:
+            with pytest.raises(RuntimeError, match="SIGKILL"):
+                builder.check()
+    with Builder.start(recipe, source) as builder:
+        TokenStore(recipe, source).wait_complete(builder.check)
+    store = TokenStore(recipe, source)
+    assert store.complete
+    assert contents(store.folder) == contents(whole)
+    assert list((tmp_path / "killed/stores").iterdir()) == [store.folder]
+
+
+def test_a_missing_or_shortened_shard_is_written_anew_and_the_rest_kept(recipe_for):
+    recipe = recipe_for(words(4000), block_size=8, validation_documents=50)
+    store = built(recipe)
+    before = contents(store.folder)
+    first_written = (store.folder / "train-00000.arrow").stat().st_mtime_ns
+    (store.folder / "train-00002.arrow").unlink()
+    assert not TokenStore(recipe, store.source).is_whole()
+    built(recipe)
+    assert contents(store.folder) == before
+    assert (store.folder / "train-00000.arrow").stat().st_mtime_ns == first_written
+
+
+def test_an_altered_shard_is_named_when_it_is_first_opened(recipe_for):
+    recipe = recipe_for(words(4000), block_size=8)
+    store = built(recipe)
+    file = store.folder / "train-00001.arrow"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    store.train.read([0])
+    with pytest.raises(InputError, match=r"train-00001\.arrow: altered"):
+        store.train.read([8192])
+    file.unlink()
+    with pytest.raises(InputError, match=r"train-00001\.arrow: missing"):
+        store.train.read([8192])
+
+
+def test_two_builders_of_one_store_do_not_disturb_each_other(recipe_for):
+    recipe = recipe_for(words(8000), block_size=8)
+    source = resolve_source(recipe)
+    with Builder.start(recipe, source) as first, Builder.start(recipe, source) as second:
+        store = TokenStore(recipe, source)
+        store.wait_complete(lambda _: (first.check(), second.check()))
+        assert first.process.wait(30) == second.process.wait(30) == 0
+    assert built(recipe).is_whole()
+    assert left_behind(recipe.data_cache_dir) and not (Path(recipe.data_cache_dir) / "locks").exists()
+
+
+# the builder as a process
+
+
+def test_no_process_is_started_for_a_complete_store(recipe_for):
+    recipe = recipe_for(words(100), block_size=8)
+    store = built(recipe)
+    assert Builder.start(recipe, store.source).process is None
+
+
+def test_a_builder_ends_with_its_parent(recipe_for):
+    """The parent's end closes the pipe that is the builder's standard input."""
+    recipe = recipe_for(words(100), block_size=8)
+    source = resolve_source(recipe)
+    builder = Builder.start(recipe, source)
+    builder.process.stdin.close()
+    assert builder.process.wait(30) == 1
+
+
+def test_training_reads_what_is_there_while_the_rest_is_built(recipe_for, monkeypatch):
+    """The blocks of the first positions do not depend on how far the builder is."""
+    recipe = recipe_for(words(6000), block_size=8)
+    source = resolve_source(recipe)
+    may_go_on, began = threading.Semaphore(0), threading.Event()
+
+    def slowly(split):
+        began.set()
+        may_go_on.acquire(timeout=30)
+
+    building = threading.Thread(target=build, args=(recipe, source, slowly))
+    building.start()
+    began.wait(30)
+    waited_for = []
+
+    def check(what):
+        waited_for.append(what)
+        may_go_on.release()
+
+    blocks = TrainingBlocks(TokenStore(recipe, source), seed=7, check=check)
+    blocks.store.wait_for_tokenizer(check)
+    early = blocks.ids(0, 20_000), blocks.read(0, 100)
+    assert blocks.store.train_blocks is None and "shard 2 of the training blocks" in waited_for
+    assert blocks.seconds_waited > 0
+    for _ in range(50):
+        may_go_on.release()
+    building.join()
+    complete = TrainingBlocks(TokenStore(recipe, source), seed=7)
+    complete.store.wait_for_tokenizer(check)
+    assert np.array_equal(complete.ids(0, 20_000), early[0])
+    assert np.array_equal(complete.read(0, 100), early[1])
+    past_the_end = complete.store.train_blocks + 5
+    assert np.array_equal(blocks.ids(0, past_the_end), complete.ids(0, past_the_end))
+
+
+# input that cannot work
+
+
+@pytest.mark.parametrize(
+    ("documents", "settings", "message"),
+    [
+        ([""] * 5, {}, r"no document with text in it \(5 empty ones\)"),
+        (["abcdefgh"], {}, "leave none to train on; lower validation_documents"),
+        (["abcdefgh", "ab"], {"block_size": 8}, "training documents are 3 tokens, shorter than one block of 8"),
+        (["ab", "abcdefgh"], {"block_size": 8}, "validation documents are 3 tokens, shorter than one block of 8"),
+        (["abcdefgh"], {"train_tokenizer_vocab_size": 300}, "leave none to train on; lower validation_documents"),
+    ],
+)
+def test_a_corpus_too_small_is_an_error_and_nothing_is_written(recipe_for, documents, settings, message):
+    recipe = recipe_for(documents, **{"block_size": 4} | settings)
+    with pytest.raises(InputError, match=message) as raised:
+        build(recipe, resolve_source(recipe))
+    assert len(str(raised.value).splitlines()) <= 3
+    assert not left_behind(recipe.data_cache_dir)
+
+
+def test_bad_input_reaches_the_training_process_with_its_message(recipe_for):
+    recipe = recipe_for([""], block_size=4)
+    source = resolve_source(recipe)
+    with Builder.start(recipe, source) as builder, pytest.raises(InputError, match="no document with text"):
+        TokenStore(recipe, source).wait_for_validation(builder.check)
+    assert not left_behind(recipe.data_cache_dir)
+
+
+def test_the_trained_tokenizer_sees_only_training_documents(recipe_for):
+    documents = ["qqqq qqqq qqqq qqqq"] * 20 + ["zwzw zwzw zwzw zwzw zwzw"] * 20
+    store = built(recipe_for(documents, validation_documents=20, train_tokenizer_vocab_size=260, block_size=4))
+    vocabulary = load_tokenizer(store.tokenizer.folder).get_vocab()
+    assert "zw" in vocabulary and "qq" not in vocabulary
+
+
+def test_tokens_that_are_in_a_shard_are_let_go(tmp_path):
+    """Memory does not grow with the dataset, whichever split the tokens go to."""
+    alive: list[weakref.ref] = []
+
+    def encoded(start):
+        for row in range(40):
+            tokens = np.full(100_000, 5, np.uint16)
+            alive.append(weakref.ref(tokens))
+            assert sum(array() is not None for array in alive) <= 3
+            yield Encoded(Position(0, row), tokens, np.array([len(tokens)]), 0)
+
+    description = {"block_size": 8, "dtype": "uint16", "validation_documents": 2, "source": {"dataset_name": "x"}}
+    writer = StoreWriter(tmp_path / "store", description)
+    write_store(writer, encoded)
+    assert len(alive) == 40 and len(writer.shards("train")) > 50

@@ -1,0 +1,223 @@
+"""scripts/evaluate_model.py and scripts/sample.py on the model of a real run."""
+
+import json
+import math
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.runs import PYTHON, ROOT, run, timeless_metrics
+
+from clm_owt.reports.record import read_metrics
+
+pytestmark = pytest.mark.xdist_group("evaluate model")  # its run is shared
+
+TASK = """\
+task: tiny_choices
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: ["yes", "no"]
+doc_to_target: answer
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_recipe, tmp_path_factory) -> Path:
+    """The folder of a run with sampling and evaluation, and with dropout, which draws random numbers."""
+    home = tmp_path_factory.mktemp("trained")
+    result = run(PYTHON, "--recipe", str(tiny_recipe), "--dropout", "0.1", "--run_name", "tiny", cwd=home)
+    assert result.returncode == 0, result.stderr
+    return home / "runs/tiny"
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """Calls a script's `main` in an empty folder; gives its exit status, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        module = runpy.run_path(str(ROOT / "scripts" / name))
+        status = 0
+        try:
+            module["main"]([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+        output, errors = capsys.readouterr()
+        return subprocess.CompletedProcess(name, status, output, errors)
+
+    return call
+
+
+def test_sampling_and_evaluation_change_no_training_loss(trained, tiny_recipe, tmp_path):
+    off = ["--sample_steps", "none", "--eval_steps", "1000", "--run_name", "tiny"]
+    result = run(PYTHON, "--recipe", str(tiny_recipe), "--dropout", "0.1", *off, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    with_both, without = (
+        [row for row in timeless_metrics(folder) if row["split"] == "train"]
+        for folder in (trained, tmp_path / "runs/tiny")
+    )
+    assert with_both == without
+    weights = "model/model.safetensors"
+    assert (trained / weights).read_bytes() == (tmp_path / "runs/tiny" / weights).read_bytes()
+
+
+def test_a_recipes_validation_set_gives_the_loss_of_the_run(trained, script):
+    arguments = ["--model", trained / "model", "--recipe", trained / "recipe.yaml", "--json"]
+    result = script("evaluate_model.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    last = [row for row in read_metrics(trained / "metrics.jsonl") if row["split"] == "validation"][-1]
+    assert found["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    assert found["perplexity"] == pytest.approx(last["perplexity"], rel=1e-5)
+    plan = json.loads((trained / "plan.json").read_text())
+    assert found["n_tokens"] == plan["validation_blocks"] * 31
+
+
+def test_any_text_is_evaluated_and_more_context_is_told_by_the_stride(trained, script, tmp_path):
+    (tmp_path / "a.txt").write_text("Returns the sum of the values in a list. " * 20)
+    found = {}
+    for stride in (None, 8):
+        options = ["--stride", stride] if stride else []
+        arguments = ["--model", trained / "model", "--text", "a.txt", "--json", *options]
+        result = script("evaluate_model.py", *arguments)
+        assert result.returncode == 0, result.stderr
+        found[stride] = json.loads(result.stdout)
+    assert found[8]["n_tokens"] > found[None]["n_tokens"]
+    assert all(r["perplexity"] == pytest.approx(math.exp(r["loss"])) for r in found.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("evaluate_model.py", ["--model", "nowhere/at/all", "--text", "a.txt"], "--model nowhere/at/all"),
+        ("sample.py", ["--model", "."], "--model .: "),
+    ],
+)
+def test_a_model_that_is_not_there_is_an_error_of_a_line_or_two(script, name, arguments, expected):
+    result = script(name, *arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {expected}") and len(result.stderr.splitlines()) <= 3
+
+
+def test_samples_are_the_same_for_the_same_seed_as_json_and_streamed(trained, script, tmp_path):
+    (tmp_path / "prompts.txt").write_text("This module\n")
+    arguments = ["--model", trained / "model", "--prompt", "Returns the", "--prompts_file", "prompts.txt"]
+    arguments += ["--count", "2", "--max_new_tokens", "12", "--seed", "5"]
+    result = script("sample.py", *arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(row["prompt"], row["seed"]) for row in rows] == [
+        ("Returns the", 5),
+        ("Returns the", 6),
+        ("This module", 5),
+        ("This module", 6),
+    ]
+    assert rows[0]["text"] != rows[1]["text"]
+    command = [sys.executable, ROOT / "scripts/sample.py", *arguments]
+    streamed = run([str(word) for word in command], cwd=tmp_path)
+    assert streamed.stdout.split() == " ".join(row["prompt"] + row["text"] for row in rows).split()
+
+
+def test_the_least_top_k_top_p_or_temperature_takes_the_likeliest_token_whatever_the_seed(trained, script):
+    arguments = ["--model", trained / "model", "--prompt", "Returns", "--count", 3, "--max_new_tokens", 8, "--json"]
+    texts = set()
+    for option, value in (("--top_k", 1), ("--top_p", 1e-6), ("--temperature", 1e-3)):
+        result = script("sample.py", *arguments, option, value)
+        texts |= {json.loads(line)["text"] for line in result.stdout.splitlines()}
+    assert len(texts) == 1
+
+
+# The tasks that GPT-2 is judged by, as lm-evaluation-harness defines them, but for the place of their data.
+LOCAL_TASK = """\
+include: {definition}
+task: local_{task}
+dataset_path: json
+dataset_name: null
+dataset_kwargs:
+  data_files: {{train: {data}, validation: {data}, test: {data}}}
+"""
+LOCAL_ROWS = {
+    "lambada/lambada_openai": {"text": "Returns the sum of the values, and nothing but the sum"},
+    "wikitext/wikitext": {"page": " = Title = \n A list of values , each with a name . \n"},
+    "hellaswag/hellaswag": {
+        "activity_label": "Sorting",
+        "ctx_a": "The values are read.",
+        "ctx_b": "they",
+        "endings": ["are sorted.", "sleep.", "sing.", "are blue."],
+        "label": "0",
+    },
+    "piqa/piqa": {"goal": "Sort a list", "sol1": "call sorted", "sol2": "call the police", "label": 0},
+}
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """As JSON lines; the file's name as YAML takes it."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return json.dumps(str(path))
+
+
+@pytest.mark.tasks
+def test_zero_shot_tasks_run_on_local_data(trained, script, tmp_path):
+    import lm_eval
+    import torch.nn.functional as F
+
+    from clm_owt.model.sampling import load
+
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    data = write_rows(tmp_path / "choices.jsonl", [{"question": f"Is {n} even?", "answer": n % 2} for n in range(8)])
+    (folder / "tiny_choices.yaml").write_text(TASK.format(data=data))
+    names = ["tiny_choices"]
+    for task, row in LOCAL_ROWS.items():
+        definition, task = Path(lm_eval.__file__).parent / f"tasks/{task}.yaml", Path(task).name
+        data = write_rows(tmp_path / f"{task}.jsonl", [row] * 3)
+        (folder / f"local_{task}.yaml").write_text(LOCAL_TASK.format(definition=definition, task=task, data=data))
+        names.append(f"local_{task}")
+    arguments = ["--model", trained / "model", "--tasks", *names, "--task_folder", folder, "--json"]
+    result = script("evaluate_model.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert {task: set(metrics) for task, metrics in found.items()} == {
+        "tiny_choices": {"acc"},
+        "local_lambada_openai": {"acc", "perplexity"},
+        "local_wikitext": {"word_perplexity", "byte_perplexity", "bits_per_byte"},
+        "local_hellaswag": {"acc", "acc_norm"},
+        "local_piqa": {"acc", "acc_norm"},
+    }
+    model, tokenizer = load(str(trained / "model"))
+    text = LOCAL_ROWS["lambada/lambada_openai"]["text"]
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    before_last_word = len(tokenizer(text.rsplit(" ", 1)[0]).input_ids)
+    losses = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+    nll = losses[before_last_word - 1 :].sum().item()
+    assert found["local_lambada_openai"]["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
+    unknown = script("evaluate_model.py", "--model", trained / "model", "--tasks", "no_such_task")
+    assert unknown.returncode == 2 and "no_such_task" in unknown.stderr
+
+
+def test_published_figures_stand_beside_the_metrics():
+    from clm_owt.evaluation.zero_shot import describe
+
+    results = {
+        "lambada_openai": {"acc": 0.3, "perplexity": 50.0},
+        "hellaswag": {"acc_norm": 0.31},
+        "mine": {"acc": 0.6},
+    }
+    header, *lines = describe(results)
+    assert header.endswith("GPT-2 paper  GPT-2 in lm-eval")
+    assert [line.split() for line in lines] == [
+        ["lambada_openai", "acc", "0.3000", "0.4599", "0.3256"],
+        ["lambada_openai", "perplexity", "50.0000", "35.13", "40.06"],
+        ["hellaswag", "acc_norm", "0.3100", "-", "0.3114"],
+        ["mine", "acc", "0.6000", "-", "-"],
+    ]

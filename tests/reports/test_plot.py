@@ -1,0 +1,281 @@
+"""training_curves.png, scripts/plot_run.py and its page, and what is seen of them in a browser."""
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import yaml
+from support.browser import Page, open_page
+from support.runs import ROOT, environment
+
+from clm_owt.reports.curves import Curves, draw, running_mean, save_picture, series
+from clm_owt.reports.record import RunRecord
+
+PLAN = {
+    "tokens_per_step": 524288,
+    "total_steps": 20_000,
+    "total_tokens": 20_000 * 524288,
+    "parameters": 124439808,
+    "vocab_size": 50257,
+}
+
+
+def write_run(folder: Path, name: str, penalty_weight: float = 0.0, **plan) -> Path:
+    """The files of a run of 20,000 steps with a smooth loss."""
+    folder.mkdir()
+    recipe = {"run_name": name, "dataset_name": "Skylion007/openwebtext", "penalty_weight": penalty_weight}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "plan.json").write_text(json.dumps(PLAN | plan))
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(0, 20_001, 100):
+            loss = 3 + 7.8 * math.exp(-step / 900)
+            row = {"step": step, "loss": loss, "ce_loss": loss, "penalty": 0.5, "max_prob": 0.4}
+            row |= {"perplexity": math.exp(loss), "tokens": step * PLAN["tokens_per_step"]}
+            train = {"learning_rate": 1e-3, "grad_norm": 0.5, "tokens_per_second": 1e5}
+            train["micro_batch"] = 16 if step < 9000 else 12
+            if step:
+                file.write(json.dumps(row | train | {"split": "train"}) + "\n")
+            if step % 500 == 0:
+                file.write(json.dumps(row | {"split": "validation"}) + "\n")
+    (folder / "samples.md").write_text(
+        f"## Step 0\n\n**Once** <b>{name}</b>\n\n## Step 500\n\n**Once** upon {name}\n\n"
+    )
+    return folder
+
+
+def texts(figure) -> str:
+    legends = [text.get_text() for axes in figure.axes for text in (axes.get_legend() or figure).findobj(is_text)]
+    return "\n".join(legends + [axes.get_ylabel() for axes in figure.axes])
+
+
+def is_text(artist) -> bool:
+    return hasattr(artist, "get_text")
+
+
+def test_the_curves_show_marks_and_references_where_they_belong(tmp_path):
+    shown = texts(draw([RunRecord.read(write_run(tmp_path / "a", "plain", resumed_after=[4000]))]))
+    for text in ("resumed", "micro-batch 16 → 12", "3.12 GPT-2 124 M", "validation", "gradient norm", "learning rate"):
+        assert text in shown
+    assert "sharpness penalty" not in shown
+    other = draw([RunRecord.read(write_run(tmp_path / "b", "other", 0.01, vocab_size=400))])
+    assert "sharpness penalty" in texts(other) and "GPT-2 124 M" not in texts(other)
+
+
+def test_several_runs_are_named_in_the_legend(tmp_path):
+    runs = [RunRecord.read(write_run(tmp_path / name, name)) for name in ("first", "second")]
+    figure = draw(runs)
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()][:2] == ["first", "second"]
+
+
+def test_pictures_are_written_in_the_format_of_their_name(tmp_path):
+    run = RunRecord.read(write_run(tmp_path / "a", "a"))
+    save_picture([run], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    save_picture([run], tmp_path / "a.svg")
+    assert ElementTree.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.png", "a.svg"]
+
+
+def test_the_picture_beside_the_training_is_of_the_last_request(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("clm_owt.curves.save_picture", lambda runs, path: drawn.append(len(runs[0].validation)))
+    folder = write_run(tmp_path / "a", "a")
+    curves = Curves(folder, print)
+    for _ in range(5):
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 1, "split": "validation"}) + "\n")
+        curves.redraw()
+    curves.finish()
+    assert drawn[-1] == 41 + 5
+
+
+def test_a_picture_that_cannot_be_drawn_costs_one_line(tmp_path):
+    said = []
+    curves = Curves(tmp_path / "nothing", said.append)
+    curves.redraw()
+    curves.finish()
+    assert len(said) == 1 and said[0].startswith("training_curves.png could not be drawn")
+
+
+def test_values_that_are_not_finite_are_left_out():
+    rows = [
+        {"step": 1, "x": 1.0},
+        {"step": 2, "x": math.inf},
+        {"step": 3},
+        {"step": 4, "x": None},
+        {"step": 5, "x": 2},
+    ]
+    assert series(rows, "x") == ([1, 5], [1.0, 2])
+
+
+def test_the_running_mean_begins_with_what_there_is():
+    assert running_mean([1, 3, 5, 7], 2) == [1, 2, 4, 6]
+
+
+def plot(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts/plot_run.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def page(tmp_path) -> Path:
+    runs = [write_run(tmp_path / "one", "first run"), write_run(tmp_path / "two", "second <run>", 0.02)]
+    result = plot(*runs, "--output", "page.html", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    return tmp_path / "page.html"
+
+
+def test_the_page_holds_everything_and_loads_nothing(page):
+    text = page.read_text()
+    outside = text[text.index("</script>") :]  # behind Plotly's own code
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", outside)
+    for expected in ("first run", "second &lt;run&gt;", "<td>penalty_weight</td><td>0</td><td>0.02</td>"):
+        assert expected in outside
+    assert "<b>Once</b> &lt;b&gt;first run&lt;/b&gt;" in outside  # samples are shown as text
+    assert "124,439,808" in outside
+
+
+def test_errors_of_plot_run_are_one_line(tmp_path):
+    result = plot(tmp_path, cwd=tmp_path)
+    assert result.returncode == 2 and "is no run's folder" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    result = plot(write_run(tmp_path / "a", "a"), "--output", "a.pdf", cwd=tmp_path)
+    assert result.returncode == 2 and ".png, .svg or .html" in result.stderr
+
+
+# Of every column of the canvas in which the curve is drawn (the one thing there that has a colour): x, and the mean y.
+DRAWN_CURVE = """
+(() => {
+  const canvas = document.querySelector('[data-metric="%s"] canvas');
+  if (!canvas) return null;
+  const { width, height } = canvas;
+  const pixels = canvas.getContext("2d").getImageData(0, 0, width, height).data;
+  const columns = [];
+  for (let x = 0; x < width; x++) {
+    const drawn = [];
+    for (let y = 0; y < height; y++) {
+      const [red, green, blue, alpha] = pixels.subarray(4 * (y * width + x));
+      if (alpha > 128 && Math.max(red, green, blue) - Math.min(red, green, blue) > 30) drawn.push(y);
+    }
+    if (drawn.length) columns.push([x, drawn.reduce((a, b) => a + b) / drawn.length]);
+  }
+  return columns.length > 100 && columns;
+})()
+"""
+
+
+def in_browser(address: str, home: Path, look: Callable[[Page], Awaitable[None]]) -> None:
+    async def open_and_look() -> None:
+        async with open_page(address, home) as page:
+            await look(page)
+
+    asyncio.run(open_and_look())
+
+
+# A point of the first curve near its end, where it is on the screen.
+ON_FIRST_CURVE = """
+(() => {
+  const line = document.querySelector("path.js-line");
+  const { x, y } = line.getPointAtLength(line.getTotalLength() - 50).matrixTransform(line.getScreenCTM());
+  return { x, y };
+})()
+"""
+
+
+@pytest.mark.browser
+def test_the_page_shows_curves_and_samples_in_a_browser_without_a_network(page):
+    async def look(browser: Page) -> None:
+        lines = "[...document.querySelectorAll('path.js-line')]"
+        await browser.wait_for(f"{lines}.length >= 18")  # two runs in six panels, validation in three of them
+        # The losses, over most of a panel. Plotly draws constants with two points.
+        large = f"{lines}.map(line => line.getBBox()).filter(box => box.width > 400 && box.height > 100)"
+        assert await browser.evaluate(f"{large}.length") == 4
+        shown = await browser.evaluate("document.body.innerText")
+        for text in ("cross-entropy (nats per token)", "second <run>", "upon first run", "124,439,808"):
+            assert text in shown
+        point = await browser.evaluate(ON_FIRST_CURVE)
+        await browser.move_mouse(point["x"], point["y"])
+        hovered = "[...document.querySelectorAll('.hovertext')].map(label => label.textContent).join()"
+        assert "B tokens: 3" in await browser.wait_for(hovered)
+        assert browser.requests == [page.as_uri()]
+        assert browser.failures == []
+
+    in_browser(page.as_uri(), page.parent, look)
+
+
+LOG_ROWS = """
+import json, sys
+from types import SimpleNamespace
+from accelerate import PartialState
+from clm_owt.state import TrainState
+from clm_owt.tracking.trackers import Trackers
+PartialState()
+recipe = SimpleNamespace(output_dir=".", report_to=("trackio",), run_name="watched", wandb_project="clm_owt")
+trackers = Trackers(recipe, print)
+trackers.start(TrainState(), {"learning_rate": 1e-3}, {})
+for step, (loss, grad_norm) in enumerate(json.loads(sys.argv[1]), start=1):
+    trackers.row("train", {"step": step, "loss": loss, "grad_norm": grad_norm, "tokens": 100 * step})
+trackers.finish()
+"""
+
+
+@contextlib.contextmanager
+def trackio_dashboard(home: Path, env: dict[str, str]) -> Iterator[str]:
+    """Its address."""
+    command = [str(Path(sys.executable).parent / "trackio"), "show", "--project", "clm_owt"]
+    env = env | {"BROWSER": "true", "PYTHONUNBUFFERED": "1"}  # it would open one by itself
+    output = home / "dashboard.txt"
+    with output.open("w") as file:
+        process = subprocess.Popen(command, env=env, cwd=home, stdout=file, stderr=file, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+[\w/?=]*", output.read_text())):
+            assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+            time.sleep(0.1)
+        yield found[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=20)
+
+
+@pytest.mark.browser
+def test_trackios_dashboard_shows_the_curves_of_a_run(tmp_path):
+    env = environment(tmp_path, PYTHONPATH=str(ROOT), TRACKIO_DIR=str(tmp_path / "trackio"))
+    values = {
+        "train/loss": [4 + 6 * math.exp(-step / 8) for step in range(1, 31)],
+        "train/grad_norm": [1 + 0.3 * math.sin(step / 4) for step in range(1, 31)],
+    }
+    rows = json.dumps(list(zip(*values.values(), strict=True)))
+    subprocess.run([sys.executable, "-c", LOG_ROWS, rows], env=env, cwd=tmp_path, check=True, timeout=120)
+
+    async def look(browser: Page) -> None:
+        for metric, expected in values.items():
+            x, y = np.array(await browser.wait_for(DRAWN_CURVE % metric)).T
+            steps = 1 + 29 * (x - x[0]) / (x[-1] - x[0])
+            expected = np.interp(steps, range(1, 31), expected)
+            scale, offset = np.polyfit(expected, y, 1)  # the dashboard chooses its axes
+            assert scale < -5  # pixels for one unit, upwards
+            assert np.abs(scale * expected + offset - y).max() < 4, metric
+        plot = "document.querySelector('[data-metric=\"train/loss\"]')"
+        box = await browser.evaluate(f"{plot}.querySelector('canvas').getBoundingClientRect().toJSON()")
+        await browser.move_mouse(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        tip = await browser.wait_for("document.querySelector('#vg-tooltip-element.visible')?.innerText")
+        found = re.search(r"step\W+(\d+)\W+loss\W+([\d.]+)", tip)
+        assert found and "watched-" in tip, tip
+        assert float(found[2]) == pytest.approx(values["train/loss"][int(found[1]) - 1], rel=1e-3)
+
+    with trackio_dashboard(tmp_path, env) as address:
+        in_browser(f"{address}&smoothing=0", tmp_path, look)

@@ -1,0 +1,249 @@
+"""Configurations of machines: what Accelerate reads in them, what is refused, and what runs on a CPU for real."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from safetensors.torch import load_file
+from support.runs import ROOT, environment, launcher, run
+from support.watched_fixtures import processes_marked
+from torch import nn
+from transformers import GPT2LMHeadModel
+
+from clm_owt.errors import InputError
+from clm_owt.model import fp8
+from clm_owt.model.gpt2 import build_model
+from clm_owt.recipe_reader import load_recipe
+from clm_owt.training import checkpoint
+from clm_owt.training.optim import build_optimizer
+
+CONFIGS = {  # name: (distributed type, machines, processes, precision, on a CPU)
+    "cpu.yaml": ("NO", 1, 1, "no", True),
+    "cpu_2proc.yaml": ("MULTI_GPU", 1, 2, "no", True),
+    "single_gpu.yaml": ("NO", 1, 1, "bf16", False),
+    "multi_gpu.yaml": ("MULTI_GPU", 1, 8, "bf16", False),
+    "multi_node.yaml": ("MULTI_GPU", 2, 16, "bf16", False),
+    "fsdp2.yaml": ("FSDP", 1, 8, "bf16", False),
+    "fp8_hopper.yaml": ("NO", 1, 1, "fp8", False),
+    "mps.yaml": ("NO", 1, 1, "no", False),
+}
+
+
+def test_all_configs_are_listed_here():
+    assert {path.name for path in (ROOT / "accelerate_configs").glob("*.yaml")} == CONFIGS.keys()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_accelerate_reads_each_config_as_it_is_meant(name):
+    path = ROOT / "accelerate_configs" / name
+    config = load_config_from_file(str(path))
+    found = (config.distributed_type, config.num_machines, config.num_processes, config.mixed_precision)
+    assert (*found, config.use_cpu) == CONFIGS[name]
+    head = path.read_text().split("compute_environment")[0]
+    assert "accelerate launch --config_file accelerate_configs/" + name in head
+    assert "# Run by the project: " in head
+
+
+def test_the_launcher_takes_what_is_special_in_the_configs_for_fsdp2_and_fp8(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def arguments(name: str):
+        options = ["--config_file", str(ROOT / "accelerate_configs" / name), "run_clm_owt.py"]
+        return _validate_launch_command(launch_command_parser().parse_args(options))[0]
+
+    fsdp2 = arguments("fsdp2.yaml")
+    assert (fsdp2.use_fsdp, fsdp2.fsdp_version, fsdp2.fsdp_state_dict_type) == (True, 2, "FULL_STATE_DICT")
+    assert fsdp2.fsdp_transformer_layer_cls_to_wrap == "GPT2Block"
+    hopper = arguments("fp8_hopper.yaml")
+    assert (hopper.mixed_precision, hopper.fp8_backend) == ("fp8", "AO")
+    assert str(hopper.fp8_enable_fsdp_float8_all_gather) == "False"
+
+
+SETTINGS_REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": ("true", "FSDP2"),
+    "ACCELERATE_USE_MEGATRON_LM": ("true", "Megatron"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("true", "parallelism_config"),
+    "ACCELERATE_DYNAMO_BACKEND": ("INDUCTOR", "torch_compile"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("4", "effective_batch_size"),
+    "ACCELERATE_MIXED_PRECISION": ("fp16", "bf16"),
+    "ACCELERATE_USE_FSDP": ("true", "cpu_2proc.yaml"),
+    "WORLD_SIZE": ("2", "ACCELERATE_USE_CPU=true"),
+}
+
+
+@pytest.mark.parametrize("variable", SETTINGS_REFUSED)
+def test_settings_that_cannot_keep_the_promise_are_refused_with_the_mend(variable, tmp_path):
+    """In a process of its own, since Accelerate remembers its first state."""
+    value, mend = SETTINGS_REFUSED[variable]
+    code = (
+        "from clm_owt.recipe import load_recipe, exit_with, InputError\n"
+        "from clm_owt.machine import create_accelerator\n"
+        "argv = '--dataset_name python-docs --train_tokenizer_vocab_size 300 --effective_batch_size 16 "
+        "--learning_rate 1 --warmup_steps 0 --max_steps 1'\n"
+        "try: create_accelerator(load_recipe(argv.split()))\n"
+        "except InputError as error: exit_with(error)\n"
+    )
+    env = environment(tmp_path, PYTHONPATH=str(ROOT), **{variable: value})
+    if variable == "ACCELERATE_MIXED_PRECISION":
+        env["ACCELERATE_USE_CPU"] = "false"
+    result = run([sys.executable, "-c", code], cwd=tmp_path, env=env)
+    assert result.returncode == 2, result.stderr
+    assert "error: accelerate config:" in result.stderr
+    assert mend in result.stderr
+
+
+def test_processes_that_came_up_alone_are_refused_by_the_main_command(tiny_recipe, tmp_path):
+    """cpu_2proc.yaml without ACCELERATE_USE_CPU in the environment, where there is no GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU these processes would use it")
+    result = run(launcher("cpu_2proc.yaml"), "--recipe", str(tiny_recipe), cwd=tmp_path)
+    assert result.returncode != 0
+    assert "2 processes were launched but each came up alone" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def small():
+    argv = "--dataset_name python-docs --train_tokenizer_vocab_size 304 --block_size 32 --n_layer 2 --n_head 2 "
+    argv += "--n_embd 32 --effective_batch_size 16 --learning_rate 1e-3 --warmup_steps 0 --max_steps 1"
+    recipe = load_recipe(argv.split())
+    return recipe, lambda: build_model(recipe, 304, 0)
+
+
+def step(model, recipe, blocks):
+    optimizer = build_optimizer(model, recipe)
+    output = model(input_ids=blocks, labels=blocks)
+    output.loss.backward()
+    optimizer.step()
+    return output.loss.item(), optimizer
+
+
+def one_process():
+    return SimpleNamespace(rank=0, gather=lambda value: [value])
+
+
+def test_conv1d_as_linear_is_the_same_model_and_is_saved_as_gpt2(small, tmp_path):
+    recipe, build = small
+    blocks = torch.arange(64).view(2, 32)
+    plain, linear = build(), build()
+    fp8.conv1d_to_linear(linear)
+    assert sum(type(module) is nn.Linear for module in linear.transformer.modules()) == 8
+    assert len(linear.transposed_weights) == 8
+    (loss, optimizer), (plain_loss, plain_optimizer) = (step(model, recipe, blocks) for model in (linear, plain))
+    assert loss == pytest.approx(plain_loss, rel=1e-6)
+
+    state = checkpoint.TrainState(step=1)
+    folders = {}
+    for name, (model, own) in {"linear": (linear, optimizer), "plain": (plain, plain_optimizer)}.items():
+        snapshot = checkpoint.take_snapshot(state, model, own, one_process())
+        folders[name] = checkpoint.write_snapshot(snapshot, tmp_path / name)
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        a, b = load_file(folders["linear"] / file), load_file(folders["plain"] / file)
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
+
+    # Either continues from the other's checkpoint.
+    again = build()
+    fp8.conv1d_to_linear(again)
+    checkpoint.restore(folders["plain"], again, build_optimizer(again, recipe), one_process())
+    expected = plain(input_ids=blocks, labels=blocks).loss.item()
+    assert again(input_ids=blocks, labels=blocks).loss.item() == pytest.approx(expected, rel=1e-6)
+
+    weights = fp8.transpose_linear_weights(again, checkpoint.copy_to_host(dict(again.named_parameters()), keep=True))
+    again.save_pretrained(tmp_path / "model", state_dict=weights)
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded.transformer.h[0].mlp.c_fc.weight, plain.transformer.h[0].mlp.c_fc.weight)
+
+
+def test_a_conversion_to_fp8_that_converts_nothing_is_refused(small):
+    _, build = small
+    with pytest.raises(InputError, match="converted none of the 8 layers"):
+        fp8.convert_blocks(build(), lambda blocks: None)
+
+    class Converted(nn.Linear):
+        pass
+
+    def convert(blocks):
+        for block in blocks:
+            block.mlp.c_fc.__class__ = Converted
+
+    assert fp8.convert_blocks(build(), convert) == (2, 8)
+
+
+@pytest.mark.slow  # needs the extra [fp8], whose torchao slows every start
+def test_torchao_converts_the_layers(small):
+    """On a CPU they are only converted, and not run."""
+    from accelerate.utils import convert_model_to_fp8_ao
+
+    _, build = small
+    # Accelerate leaves out the first and the last layer.
+    assert fp8.convert_blocks(build(), convert_model_to_fp8_ao) == (6, 8)
+
+
+def test_fp8_is_refused_on_a_device_that_has_none(small):
+    _, build = small
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    with pytest.raises(InputError, match=r"needs an NVIDIA GPU.*single_gpu\.yaml"):
+        fp8.convert(build(), accelerator)
+
+
+STAND_INS = {
+    "srun": '#!/bin/bash\nshift\nSLURM_NODEID=0 exec "$@"\n',
+    "scontrol": '#!/bin/bash\nif [ "$1" = show ]; then echo localhost; else echo "$@" >> "$SCONTROL_LOG"; fi\n',
+}
+
+
+def test_the_slurm_script_saves_before_the_time_limit_requeues_and_continues(batch_recipe, tmp_path):
+    """With stand-ins for srun and scontrol; Slurm's signal goes to the script, as `--signal=B:USR1@300` sends it."""
+    for name, text in STAND_INS.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    mark = f"{tmp_path}-slurm"
+    env = environment(
+        tmp_path,
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        MARK_OF_THIS_TEST=mark,
+        ACCELERATE_USE_CPU="true",
+        ACCELERATE=launcher()[0],
+        CONFIG="accelerate_configs/cpu_2proc.yaml",
+        SCONTROL_LOG=str(tmp_path / "scontrol.log"),
+        SLURM_SUBMIT_DIR=str(ROOT),
+        SLURM_JOB_ID="12345",
+        SLURM_JOB_NUM_NODES="1",
+        SLURM_JOB_NODELIST="localhost",
+        SLURM_GPUS_ON_NODE="2",
+    )
+    output = tmp_path / "run"
+    command = ["bash", str(ROOT / "scripts/launch.slurm"), "--recipe", str(batch_recipe), "--output_dir", str(output)]
+    command += ["--max_steps", "100000", "--eval_steps", "100000"]
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=log, stderr=log)
+        wait_for(lambda: "step 3/" in (tmp_path / "log").read_text(), job)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(120) == 0, (tmp_path / "log").read_text()
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 12345\n"
+    assert checkpoint.find_newest(output / "checkpoints")[0] is not None
+    assert processes_marked(mark) == []
+
+    with (tmp_path / "log2").open("w") as log:
+        job = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=log, stderr=log)
+        wait_for(lambda: "Continuing after step" in (tmp_path / "log2").read_text(), job)
+        job.send_signal(signal.SIGTERM)  # a preemption: Slurm requeues by itself
+        assert job.wait(120) != 0
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 12345\n"
+    assert processes_marked(mark) == []
+
+
+def wait_for(condition, job: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)

@@ -16,7 +16,7 @@ quickstart: $(VENV)/.installed
 # One thread per test process: pytest-xdist keeps the cores busy with one process each. Tests that share a real run
 # form a group, which one of them takes.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --durations=10
 
 test-slow: $(VENV)/.installed-test
 	$(PIP_INSTALL) --editable '.[test,fp8]'
@@ -31,13 +31,15 @@ test-tasks: $(VENV)/.installed-test
 	$(PIP_INSTALL) --editable '.[test,eval]'
 	$(BIN)/python -m pytest -m tasks
 
-# Faults on real processes by the hundred; prints the table of the README.
+# Faults on real processes by the hundred; prints the table of docs/reliability.md, and writes it where it is asked to:
+# make test-faults FAULTS="--seed 7 --faults-table table.md -k full_disk"
 test-faults: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m faults -s tests/test_faults.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "faults or not faults" -v tests/faults $(FAULTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

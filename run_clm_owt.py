@@ -15,157 +15,84 @@ from clm_owt.recipe_reader import read_command_line
 from clm_owt.stopping import StopRequest
 
 
-def run(recipe: Recipe, plan_only: bool, stop: StopRequest) -> None:
-    """The whole of a run, or what is left of it. Raises InputError for what cannot work, Stopped after a signal."""
+def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None, search=None, trainer_class=None):
+    """The whole of a run, or what is left of it. Raises InputError for what cannot work, Stopped after a signal.
+
+    The last three stand in for Processes, find_micro_batch and Trainer: by them a run can be watched and disturbed.
+    """
     # Imported here, so that a bad recipe is reported without waiting for torch.
     from clm_owt import hub
-    from clm_owt.data.builder import Builder
-    from clm_owt.data.encoding import load_tokenizer
-    from clm_owt.data.order import TrainingBlocks
-    from clm_owt.data.sources import resolve_source
-    from clm_owt.data.token_store import TokenStore
-    from clm_owt.model import fp8
-    from clm_owt.model import gpt2 as modeling
-    from clm_owt.planning import devices, plan
-    from clm_owt.tracking import run_log as tracking
-    from clm_owt.training import (
-        checkpoint,
-        device_memory,
-        optim,
-        run_folder,
-    )
-    from clm_owt.training import (
-        micro_batch_search as batching,
-    )
-    from clm_owt.training import (
-        processes as machine,
-    )
-    from clm_owt.training import (
-        trainer as loop,
-    )
+    from clm_owt.data import builder, order, sources, token_store, tokenizer_files
+    from clm_owt.model import fp8, gpt2
+    from clm_owt.planning import plan
+    from clm_owt.tracking.run_log import RunLog
+    from clm_owt.training import launch, micro_batch_search, processes, run_folder, trainer
 
-    machine.quiet_libraries()
+    folder = Path(recipe.output_dir)
     with contextlib.ExitStack() as stack:
-        accelerator = machine.create_accelerator(recipe)
-        processes = stack.enter_context(machine.Processes(accelerator))
-        say = processes.say
+        accelerator = launch.create_accelerator(recipe)
+        group = stack.enter_context((processes_class or processes.Processes)(accelerator))
+        hardware = launch.find_hardware(accelerator, group)
 
-        begun = processes.on_main(run_folder.find_existing_run, recipe)
-        if begun.finished:
-            return say(*processes.on_main(run_folder.summarize, Path(recipe.output_dir)))
-        if begun.resumed_after:
-            stop.reached = f"after step {begun.resumed_after[-1]}, saved"
+        existing = group.on_main(run_folder.find_existing_run, recipe)
+        if existing.finished:
+            return group.say(*group.on_main(run_folder.summarize, folder))
+        stop.reached = existing.reached
         if not plan_only:
-            say(*processes.on_main(hub.check_repository, recipe))
+            group.say(*group.on_main(hub.check_repository, recipe))
 
         # Data: one builder a machine writes the token store, every process reads it.
-        source = processes.on_main(resolve_source, begun.pin_data(recipe))
-        builder = Builder.start(recipe, source) if accelerator.is_local_main_process else Builder.none()
-        stack.enter_context(builder)
-        check = machine.WaitingCheck(stop, builder, say)
-        store = TokenStore(recipe, source)
-        tokenizer = load_tokenizer(store.wait_for_tokenizer(check))
-        begun.check_same_data(store.folder.name)
+        source = group.on_main(sources.resolve_source, existing.pin_data(recipe))
+        building = stack.enter_context(builder.Builder.start(recipe, source, group.is_first_of_machine))
+        check = builder.WaitingCheck(stop, building, group.say)
+        store = token_store.TokenStore(recipe, source)
+        tokenizer = tokenizer_files.load_tokenizer(store.wait_for_tokenizer(check))
+        existing.check_same_data(store.folder.name)
 
-        model = modeling.build_model(recipe, len(tokenizer), tokenizer.eos_token_id).to(accelerator.device)
-        if accelerator.mixed_precision == "fp8":
-            say(fp8.convert(model, accelerator))
-        modeling.compile_blocks(model, recipe.torch_compile, accelerator.device)
-
-        store.wait_for_validation(check)
-        if recipe.total_steps() is None:
-            say("The number of steps depends on the number of blocks: reading all of the data first.")
-            store.wait_complete(check)
-        store.wait_for_rows(recipe.effective_batch_size, check)
+        model = gpt2.build_model(recipe, len(tokenizer), tokenizer.eos_token_id).to(accelerator.device)
+        if hardware.mixed_precision == "fp8":
+            group.say(fp8.convert(model, accelerator))
+        gpt2.compile_blocks(model, recipe.torch_compile, accelerator.device)
 
         # Plan: fixed when the run begins.
-        search = batching.find_micro_batch(
-            model, recipe, accelerator, processes, stop, known=begun.micro_batch_search, probing=not plan_only
+        store.wait_for_first_step(check, group.say)
+        found = (search or micro_batch_search.find_micro_batch)(
+            model, recipe, accelerator, group, stop, hardware, known=existing.micro_batch_search, probing=not plan_only
         )
-        say(search.describe())
-        data = plan.Data(
-            train_documents=store.documents["train"] if store.complete else None,
-            validation_documents=store.documents["validation"],
-            train_blocks=store.train_blocks,
-            validation_blocks=len(store.validation),
-        )
-        the_plan = plan.make_plan(
-            recipe,
-            data,
-            vocab_size=len(tokenizer),
-            processes=processes.count,
-            micro_batch=search.micro_batch,
-            mixed_precision=accelerator.mixed_precision,
-            sharded=processes.sharded,
-            device_type=accelerator.device.type,
-            device_name=devices.name_of(accelerator.device),
-            device_memory=device_memory.total_memory(accelerator.device),
-            data_disk=processes.on_main(plan.find_disk, store.folder),
-            output_disk=processes.on_main(plan.find_disk, Path(recipe.output_dir)),
-        )
-        say(*plan.describe(the_plan, recipe))
+        disks = group.on_main(plan.find_disks, store.folder, folder)
+        data = plan.Data(**store.counts())
+        the_plan = plan.make_plan(recipe, data, len(tokenizer), found.micro_batch, hardware, *disks)
+        group.say(found.summary(), *plan.plan_lines(the_plan, recipe))
         if plan_only:
             return
-        if accelerator.is_main_process:
-            run_folder.begin(
-                recipe, the_plan, search, source=source, store=store.folder.name, resumed_after=begun.resumed_after
-            )
+        group.on_main(run_folder.begin, recipe, the_plan, found, hardware, source, store.folder.name, existing)
 
         # Training, from the start or from where it was.
-        processes.shard(model)
-        optimizer = optim.build_optimizer(model, recipe)
-        state = checkpoint.TrainState()
-        if begun.checkpoint is not None:
-            state = checkpoint.restore(begun.checkpoint, model, optimizer, processes)
-            say(*begun.passed_over, f"Continuing after step {state.step:,}, from {begun.checkpoint}")
-            folder = Path(recipe.output_dir) / "checkpoints"
-            processes.on_main(checkpoint.set_aside_newer, folder, begun.checkpoint)
-        if not (search.from_plan and state.micro_batch):  # on the same machine a step-down later in the run stays
-            state.micro_batch = search.micro_batch
-        schedule = optim.build_schedule(
-            optimizer, recipe.warmup_steps, the_plan.total_steps, recipe.min_lr_ratio, completed_steps=state.step
-        )
-        tracker = stack.enter_context(tracking.Tracker(recipe, accelerator, the_plan.total_steps))
-        tracker.start(state, config=recipe.to_dict() | the_plan.to_dict())
-        uploads = hub.HubUploads(recipe, model, tokenizer, the_plan.total_steps, processes, tracker.say)
-        training = loop.Run(
-            recipe=recipe,
-            total_steps=the_plan.total_steps,
-            model=model,
-            optimizer=optimizer,
-            schedule=schedule,
-            store=store,
-            blocks=TrainingBlocks(store, seed=recipe.seed, check=check),
-            tokenizer=tokenizer,
-            accelerator=accelerator,
-            processes=processes,
-            stop=stop,
-            tracker=tracker,
-            throughput=tracking.Throughput.of(the_plan, recipe, accelerator),
-            checkpoints=checkpoint.CheckpointWriter(
-                Path(recipe.output_dir) / "checkpoints",
-                recipe.save_total_limit,
-                on_written=uploads.saved,
-                say=tracker.say,
-            ),
-            pass_on_news=check.pass_on_news,
-        )
+        log = stack.enter_context(RunLog(recipe, the_plan.total_steps, group.is_main))
+        uploads = hub.HubUploads(recipe, model, tokenizer, the_plan.total_steps, group.is_main, log.say)
+        blocks = order.TrainingBlocks(store, seed=recipe.seed, check=check)
+        training = (trainer_class or trainer.Trainer)(
+            recipe, the_plan, model=model, tokenizer=tokenizer, store=store, blocks=blocks, hardware=hardware,
+            accelerator=accelerator, processes=group, stop=stop, log=log, existing=existing, found=found,
+            on_saved=uploads.saved, after_row=check.print_new_lines,
+        )  # fmt: skip
+        log.start(training.state, config=recipe.to_dict() | the_plan.to_dict())
         with stop.between_steps():
-            loop.train(training, state)
+            training.train()
 
-        # Export
-        run_folder.export(recipe, model, tokenizer, store, state, processes)
-        tracker.close()
-        say(*processes.on_main(run_folder.summarize, Path(recipe.output_dir)))
+        training.export()
+        log.close()
+        group.say(*group.on_main(run_folder.summarize, folder))
         uploads.finish(stop)
 
 
-def main(argv: list[str]) -> None:
-    """Exit statuses: 0 finished, 2 a recipe or input that cannot work, 1 any other error, 128 + n after signal n."""
+def main(argv: list[str], **stand_ins: object) -> None:
+    """Exit statuses: 0 finished, 2 a recipe or input that cannot work, 1 any other error, 128 + n after signal n.
+    `stand_ins`: as `run` takes them."""
     try:
         recipe, plan_only = read_command_line(argv)
         with StopRequest().listening() as stop:
-            run(recipe, plan_only, stop)
+            run(recipe, plan_only, stop, **stand_ins)
     except InputError as error:
         exit_with(error)
     except RunFailed as error:

@@ -1,27 +1,30 @@
-"""Numbers and tables as people read them."""
+"""How numbers, values and tables are printed."""
 
 import math
+from collections.abc import Iterable, Sequence
+
+SHOWN_CHARACTERS = 80
 
 
-def show_bytes(size: float) -> str:
-    """1,500,000 as 1.5 MB."""
+def format_bytes(size: float) -> str:
+    """A number of bytes in decimal units, to three digits: 1,500,000 as `1.5 MB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, {"bytes": "kB", "kB": "MB", "MB": "GB", "GB": "TB"}[unit]
-    return f"{size:.3g} {unit}"
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
 
 
-def show_time(seconds: float) -> str:
-    """As a rough number: 40 s, 12 min, 3.5 h, 2.1 days."""
-    units = {"days": (86_400, 2 * 86_400), "h": (3600, 5400), "min": (60, 90), "s": (1, 0)}
-    unit, (size, _) = next((unit, sizes) for unit, sizes in units.items() if seconds >= sizes[1])
+def format_duration(seconds: float) -> str:
+    """A rough duration, to two digits: `40 s`, `12 min`, `3.5 h`, `2.1 days`."""
+    units = (("days", 86_400, 2 * 86_400), ("h", 3600, 5400), ("min", 60, 90), ("s", 1, 0))
+    unit, size = next((unit, size) for unit, size, least in units if seconds >= least)
     number = seconds / size
     return f"{number:.0f} {unit}" if number >= 99.5 else f"{number:.2g} {unit}"
 
 
-def clock(seconds: float) -> str:
-    """Seconds as people read them: 1:02:03, or 2:03."""
+def format_clock(seconds: float) -> str:
+    """An exact duration as hours, minutes and seconds: `1:02:03`, or `2:03`; `?` for one that is not finite."""
     if not math.isfinite(seconds):
         return "?"
     minutes, rest = divmod(round(seconds), 60)
@@ -29,18 +32,47 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def show_count(number: float) -> str:
-    """2,500,000,000 as 2.5 B."""
+def format_count(number: float) -> str:
+    """A count with its unit, in up to six digits: 2,500,000,000 as `2.5 B` (B for 10^9, T for 10^12)."""
     for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if abs(number) >= size:
             return f"{number / size:g}{unit}"
     return f"{number:g}"
 
 
-SHOWN_CHARACTERS = 80
-
-
-def show_value(value: object) -> str:
-    """A value of somebody's data in an error, cut where it is long."""
+def format_value(value: object) -> str:
+    """A value of a user's data as an error message quotes it, cut after SHOWN_CHARACTERS characters."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table, its columns padded to one width. A `|` within a cell is escaped."""
+    lines = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of plain text: columns of numbers are aligned to the right, all others to the left. A row that is
+    shorter than the header is filled with empty cells."""
+    lines = [[str(cell) for cell in row] + [""] * (len(header) - len(row)) for row in (header, *rows)]
+    columns = []
+    for name, *cells in zip(*lines, strict=True):
+        width = max(map(len, (name, *cells)))
+        justify = str.rjust if all(map(_is_number, cells)) else str.ljust
+        columns.append([justify(cell, width) for cell in (name, *cells)])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def _is_number(cell: str) -> bool:
+    """Whether a cell holds a number or the lack of one: nothing, or a dash."""
+    try:
+        float(cell.replace(",", ""))
+    except ValueError:
+        return cell in ("", "-")
+    return True
+
+
+show_value = format_value  # the name before, until clm_owt/data has taken the new one

@@ -15,39 +15,30 @@ from pathlib import Path
 
 import httpx2
 import huggingface_hub
-import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils._http import default_client_factory
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from clm_owt.errors import InputError
+from clm_owt.files import replacing_folder
+from clm_owt.hub_client import set_timeout
 from clm_owt.model.gpt2 import GPT2ForPretraining
 from clm_owt.recipe import Recipe
 from clm_owt.reports.model_card import model_card
-from clm_owt.reports.record import read_metrics
+from clm_owt.reports.record import read_metrics, read_plan, read_recipe
 from clm_owt.stopping import StopRequest
-from clm_owt.training.processes import Processes
 
 SECONDS_BETWEEN_COMMITS = 300.0
 # Before the second and the third attempt, beside the few seconds for which the client itself repeats some requests.
 RETRY_PAUSES = (10.0, 30.0)
-# The client of huggingface_hub waits for ever by default. Between two signs of life, not for a whole upload.
-SECONDS_OF_SILENCE = 60.0
 
 CARRIED_FILES = ("recipe.yaml", "plan.json", "training_curves.png", "samples.md")
 
 
 def prepare_client() -> None:
     """Give the client of huggingface_hub a time limit, and keep its retries and progress bars from the terminal."""
-
-    def client() -> httpx2.Client:
-        client = default_client_factory()
-        client.timeout = httpx2.Timeout(SECONDS_OF_SILENCE, connect=min(10.0, SECONDS_OF_SILENCE))
-        return client
-
-    huggingface_hub.set_client_factory(client)
+    set_timeout()
     huggingface_hub.utils.disable_progress_bars()
     huggingface_hub.logging.set_verbosity_error()
 
@@ -106,17 +97,13 @@ def stage(run: Path, step: int, write_model: Callable[[Path], None]) -> Path:
     """Lay out what the repository is to hold after `step`, rows of later steps left out; the card is written when the
     repository's full name is known."""
     folder = run / "hub" / f"step-{step:08d}"
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.parent.mkdir(exist_ok=True)
-    write_model(aside)
-    for name in CARRIED_FILES:
-        if (run / name).exists():
-            shutil.copy(run / name, aside / name)
-    rows = [json.dumps(row) + "\n" for row in read_metrics(run / "metrics.jsonl") if row["step"] <= step]
-    (aside / "metrics.jsonl").write_text("".join(rows), encoding="utf-8")
-    aside.rename(folder)
+    with replacing_folder(folder) as aside:
+        write_model(aside)
+        for name in CARRIED_FILES:
+            if (run / name).exists():
+                shutil.copy(run / name, aside / name)
+        rows = [json.dumps(row) + "\n" for row in read_metrics(run / "metrics.jsonl") if row["step"] <= step]
+        (aside / "metrics.jsonl").write_text("".join(rows), encoding="utf-8")
     return folder
 
 
@@ -145,9 +132,7 @@ def push(run: Path, repo_id: str | None, private: bool | None) -> str:
 
     Raises InputError where there is nothing to upload or no right to; other errors as they come.
     """
-    if not (run / "recipe.yaml").exists():
-        raise InputError(f"{run} is no run's folder: it has no recipe.yaml")
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = read_recipe(run)
     repo_id = repo_id or recipe["hub_model_id"]
     if not repo_id:
         raise InputError(f"{run}: its recipe has no hub_model_id; give one: --hub_model_id me/gpt2-owt")
@@ -155,8 +140,7 @@ def push(run: Path, repo_id: str | None, private: bool | None) -> str:
     prepare_client()
     staged = sorted(path for path in (run / "hub").glob("step-*") if not path.name.endswith(".partial"))
     if (run / "model").exists():
-        steps = json.loads((run / "plan.json").read_text(encoding="utf-8"))["total_steps"]
-        folder = stage(run, steps, lambda aside: shutil.copytree(run / "model", aside))
+        folder = stage(run, read_plan(run)["total_steps"], lambda aside: shutil.copytree(run / "model", aside))
     elif staged:
         folder = staged[-1]
     else:
@@ -183,14 +167,14 @@ class HubUploads:
         model: GPT2ForPretraining,
         tokenizer: PreTrainedTokenizerBase,
         total_steps: int,
-        processes: Processes,
+        is_main: bool,
         say: Callable[..., None],
     ):
         self._recipe = recipe
         self._total_steps = total_steps
         self._run = Path(recipe.output_dir)
         self._say = say
-        self._active = recipe.push_to_hub and processes.rank == 0
+        self._active = recipe.push_to_hub and is_main
         if not self._active:
             return
         self._model = model
@@ -205,7 +189,7 @@ class HubUploads:
 
     def saved(self, checkpoint: Path) -> None:
         """Upload a checkpoint that was just written, where the recipe says so. Called beside the training, by the
-        thread that writes checkpoints; what goes wrong is told and left."""
+        thread that writes checkpoints; what goes wrong is printed, and changes nothing."""
         step = int(checkpoint.name.removeprefix("step-"))
         if not self._active or self._recipe.hub_strategy != "every_save" or step == self._total_steps:
             return

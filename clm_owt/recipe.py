@@ -1,8 +1,6 @@
-"""What a run is: one flat YAML file and command-line options, checked before torch is imported.
+"""What a run is: all keys of a recipe, each with its type, default, meaning and the values it may have.
 
-Every key of a recipe is a field of `Recipe` and also an option of the command line, which wins over the file:
-`--penalty_weight 0.01` or `--penalty_weight=0.01`, several values separated by spaces, `none` for null.
-All problems are found at once and raised as one `RecipeError`.
+Every key is also an option of the command line (see recipe_reader.py). This module imports no torch.
 """
 
 import dataclasses
@@ -13,20 +11,21 @@ from typing import Any, Literal
 
 import yaml
 
+from clm_owt.optimizers import OPTIMIZERS
+
 PENALTY_TYPES = ("non_max_sum", "neg_max_prob", "neg_entropy", "top_k_mass")
-
 FILE_FORMATS = ("text", "json", "parquet")
-
 PYTHON_DOCS = "python-docs"
-
 TRACKERS = ("wandb", "tensorboard", "trackio")
 
-GUIDE_PROMPTS = ("The quick brown fox", "Once upon a time", "In the beginning")
+# The prompts that samples continue unless a recipe names others.
+DEFAULT_PROMPTS = ("The quick brown fox", "Once upon a time", "In the beginning")
 
 
-# What a value must satisfy beside its type, and how that reads in an error.
 @dataclass(frozen=True)
 class Rule:
+    """What a value must satisfy beside its type, and how that reads in an error."""
+
     holds: Callable[[Any], bool]
     text: str
 
@@ -89,6 +88,7 @@ class Recipe:
     init_from: str | None = result_key("weights to continue from (Hub id or folder); none: from scratch", None)
     pad_vocab_multiple: int | None = result_key("pad the vocabulary in training to a multiple", None, at_least(1))
     # optimisation
+    optimizer: str = result_key("the optimizer", "adamw", one_of(*OPTIMIZERS))
     effective_batch_size: int = result_key("blocks per optimizer step, over all processes", rule=at_least(1))
     learning_rate: float = result_key("peak learning rate", rule=above(0))
     min_lr_ratio: float = result_key("floor of the schedule as a share of the peak", 0.1, fraction("[", "]"))
@@ -112,14 +112,14 @@ class Recipe:
     penalty_type: str = result_key("sharpness penalty", "non_max_sum", one_of(*PENALTY_TYPES))
     penalty_weight: float = result_key("λ: loss = cross-entropy + λ · penalty", 0.0)
     penalty_top_k: int = result_key("k of top_k_mass", 5, at_least(1))
-    # rhythm
+    # intervals
     logging_steps: int = key("steps between lines of metrics.jsonl", 10, at_least(1))
     eval_steps: int = key("steps between validations", 500, at_least(1))
     save_steps: int = key("steps between checkpoints", 1000, at_least(1))
     sample_steps: int | None = key("steps between samples; none: no samples", None, at_least(1))
     save_total_limit: int = key("checkpoints kept", 2, at_least(1))
     # samples
-    sample_prompts: tuple[str, ...] = key("prompts to continue", GUIDE_PROMPTS)
+    sample_prompts: tuple[str, ...] = key("prompts to continue", DEFAULT_PROMPTS)
     sample_max_new_tokens: int = key("tokens per sample", 100, at_least(1))
     sample_temperature: float = key("temperature of sampling", 1.0, above(0))
     sample_top_p: float = key("nucleus of sampling", 0.9, fraction("(", "]"))
@@ -161,6 +161,14 @@ FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 TYPES = typing.get_type_hints(Recipe)
 
 
+def default_of(name: str) -> Any:
+    """The default of a key, as YAML and JSON know it; None where it has none."""
+    default = FIELDS[name].default
+    if default is dataclasses.MISSING:
+        return None
+    return list(default) if isinstance(default, tuple) else default
+
+
 def show(value: Any) -> str:
     """A setting as the command line would give it."""
     if value is None or value == ():
@@ -171,4 +179,5 @@ def show(value: Any) -> str:
 
 
 def is_url(path: str) -> bool:
+    """Whether an entry of `data_files` is a URL, and no path of this machine."""
     return "://" in path

@@ -175,7 +175,7 @@ def convert(expected: Any, value: Any, *, from_text: bool) -> Any:
     if value is None:
         if type(None) in choices:
             return None
-        raise ValueError(f"{describe(choices)}, not null")
+        raise ValueError(f"{expected_types(choices)}, not null")
     if bool in choices:
         if isinstance(value, bool):
             return value
@@ -183,26 +183,26 @@ def convert(expected: Any, value: Any, *, from_text: bool) -> Any:
             return value.lower() in ("true", "1", "yes")
         if str(value) == "auto" and len(choices) > 1 and type(None) not in choices:
             return "auto"
-        raise ValueError(describe(choices))
+        raise ValueError(expected_types(choices))
     kind = next(choice for choice in choices if choice is not type(None))
     if kind is str:
         if not isinstance(value, str) or not value.strip():
             raise ValueError("text (in quotes where it looks like a number)")
         return value
     if isinstance(value, bool) or (isinstance(value, str) and not from_text):
-        raise ValueError(describe(choices))
+        raise ValueError(expected_types(choices))
     if kind is int and isinstance(value, float):
-        raise ValueError(describe(choices))
+        raise ValueError(expected_types(choices))
     try:
         number = kind(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(describe(choices)) from None
+        raise ValueError(expected_types(choices)) from None
     if not math.isfinite(number):
         raise ValueError("a finite number")
     return number
 
 
-def describe(choices: Iterable[Any]) -> str:
+def expected_types(choices: Iterable[Any]) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number such as 3e-3", str: "text"}
     texts = [names[c] for c in choices if c in names]
     texts += [str(word) for c in choices if typing.get_origin(c) is Literal for word in typing.get_args(c)]
@@ -210,18 +210,35 @@ def describe(choices: Iterable[Any]) -> str:
     return " or ".join(texts)
 
 
+# Gives the value of a key, its default where it is not set, and None where it has none.
+Get = Callable[[str], Any]
+
+
 def combination_problems(values: dict[str, Any], broken: set[str]) -> list[str]:
     """What is wrong with the settings taken together; nothing is said of `broken` ones, which have been reported."""
-    problems = []
 
     def get(name: str) -> Any:
         default = FIELDS[name].default
         return values.get(name, None if default is dataclasses.MISSING else default)
 
-    for name, field in FIELDS.items():
-        if field.default is dataclasses.MISSING and name not in values and name not in broken:
-            problems.append(f"{name}: missing; expected {field.metadata['help']}")
+    missing = [
+        f"{name}: missing; expected {field.metadata['help']}"
+        for name, field in FIELDS.items()
+        if field.default is dataclasses.MISSING and name not in values and name not in broken
+    ]
+    return [
+        *missing,
+        *data_problems(get),
+        *tokenizer_problems(get, broken),
+        *model_problems(get),
+        *length_problems(get, broken),
+        *output_problems(get),
+    ]
 
+
+def data_problems(get: Get) -> list[str]:
+    """Dataset and files."""
+    problems = []
     dataset, files = get("dataset_name"), get("data_files")
     if dataset in FILE_FORMATS:
         if not files:
@@ -240,7 +257,12 @@ def combination_problems(values: dict[str, Any], broken: set[str]) -> list[str]:
             f"dataset_name: {dataset!r} is not a Hub id such as Skylion007/openwebtext; "
             f"local files are read by dataset_name {', '.join(FILE_FORMATS)} with data_files"
         )
+    return problems
 
+
+def tokenizer_problems(get: Get, broken: set[str]) -> list[str]:
+    """One tokenizer, and where it is."""
+    problems = []
     tokenizer, trained_size = get("tokenizer_name"), get("train_tokenizer_vocab_size")
     if tokenizer and trained_size:
         problems.append(
@@ -254,10 +276,20 @@ def combination_problems(values: dict[str, Any], broken: set[str]) -> list[str]:
         folder = Path(tokenizer).expanduser()
         if not (folder / "tokenizer.json").is_file():
             problems.append(f"tokenizer_name: {tokenizer!r} is no folder with a tokenizer.json; save one there")
+    return problems
 
+
+def model_problems(get: Get) -> list[str]:
+    """Dimensions that do not go together."""
+    problems = []
     if get("n_embd") and get("n_head") and get("n_embd") % get("n_head"):
         problems.append(f"n_embd: {get('n_embd')} is not a multiple of n_head {get('n_head')}; change one of them")
+    return problems
 
+
+def length_problems(get: Get, broken: set[str]) -> list[str]:
+    """How long to train, and a warm-up that ends in time."""
+    problems = []
     epochs, max_steps, batch = get("num_train_epochs"), get("max_steps"), get("effective_batch_size")
     if not epochs and not max_steps and not {"num_train_epochs", "max_steps"} & broken:
         problems.append("max_steps: missing; expected max_steps or num_train_epochs, how long to train")
@@ -266,7 +298,12 @@ def combination_problems(values: dict[str, Any], broken: set[str]) -> list[str]:
         steps = int(epochs * get("expected_train_blocks") / batch)
     if steps is not None:
         problems += schedule_problems(steps, get("warmup_steps"), get("learning_rate"), get("allow_incomplete_warmup"))
+    return problems
 
+
+def output_problems(get: Get) -> list[str]:
+    """Trackers, samples, uploads, and what to continue from."""
+    problems = []
     for name in get("report_to") or ():
         if name not in TRACKERS:
             problems.append(f"report_to: {name!r} is unknown; expected any of {', '.join(TRACKERS)}, or none")

@@ -1,17 +1,21 @@
-"""The learning rate as a pure function of the step."""
+"""The learning rate as a pure function of the step, for the plan, the pictures and the optimizer."""
 
 import math
 
 
-def learning_rate_at(step: int, peak: float, warmup_steps: int, total_steps: int, min_lr_ratio: float) -> float:
-    """The rate of the schedule after `step` steps, that is of step number `step` + 1: linear from 0 over the warm-up,
-    then a cosine that ends at `min_lr_ratio` of the peak; what `optim.build_schedule` gives."""
+def rate_factor(step: int, warmup_steps: int, total_steps: int, min_lr_ratio: float) -> float:
+    """The share of the peak rate after `step` steps, that is for step number `step` + 1: linear from 0 over the
+    warm-up, then a cosine from 1 to `min_lr_ratio` at `total_steps`, and that share ever after.
+
+    In the warm-up it is what transformers' `get_cosine_schedule_with_warmup` gives, in the decay `min_lr_ratio` +
+    (1 - `min_lr_ratio`) times that. (Beyond `total_steps` transformers' rate rises again.)
+    """
     if step < warmup_steps:
-        return peak * step / warmup_steps
+        return step / warmup_steps
     if step >= total_steps:
-        return peak * min_lr_ratio
+        return min_lr_ratio
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * (min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def schedule_problems(

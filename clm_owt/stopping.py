@@ -36,7 +36,7 @@ class StopRequest:
 
     Ends the run at once, by raising Stopped wherever it is, while there is nothing to save; inside `between_steps`
     a request only waits to be asked for. `accelerate launch` with one process forwards no signal, so the worker would
-    run on alone. A second signal ends the process without another word, even where it hangs in a collective.
+    run on alone. A second signal ends the process at once, even where it hangs in a collective.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -20,7 +20,6 @@ import dataclasses
 import itertools
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -32,7 +31,6 @@ from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, would announce every start
 
-import benchmark_data
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -41,16 +39,17 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from clm_owt.errors import InputError
-from clm_owt.model.gpt2 import build_model, compile_blocks
+from clm_owt.errors import InputError, exit_with
+from clm_owt.formatting import format_bytes, markdown_table
+from clm_owt.model.gpt2 import EXPORTED_ACTIVATION, build_model, compile_blocks, model_config
 from clm_owt.model.losses import fused_linear_loss
+from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.planning.plan import flops_per_token
 from clm_owt.recipe import PENALTY_TYPES, Recipe
 from clm_owt.recipe_reader import load_recipe
 from clm_owt.state import TrainState
-from clm_owt.tracking.run_log import peak_flops
 from clm_owt.training.checkpoint import CheckpointWriter, copy_to_host, take_snapshot
-from clm_owt.training.optim import build_optimizer
+from clm_owt.training.launch import find_hardware
 from clm_owt.training.processes import Processes
 
 GPT2_VOCABULARY = 50_257
@@ -69,9 +68,16 @@ class Case:
 
 
 def main(argv: list[str]) -> None:
-    commands = {"step": benchmark_step, "head": benchmark_head, "save": benchmark_save, "data": benchmark_data.main}
+    commands = {"step": benchmark_step, "head": benchmark_head, "save": benchmark_save, "data": benchmark_preparation}
     command, rest = (argv[0], argv[1:]) if argv and argv[0] in commands else ("step", argv)
     commands[command](rest)
+
+
+def benchmark_preparation(argv: list[str]) -> None:
+    """From text to a token store (benchmark_data.py)."""
+    import benchmark_data
+
+    benchmark_data.main(argv)
 
 
 def create_parser(command: str) -> argparse.ArgumentParser:
@@ -105,7 +111,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
 
 
 def benchmark_step(argv: list[str]) -> None:
-    """Whole optimizer steps of one micro-batch: forward, backward, clipping, AdamW."""
+    """Complete optimizer steps of one micro-batch: forward, backward, clipping, optimizer."""
     parser = create_parser("step")
     parser.add_argument("--micro_batch", type=int, default=1, help="blocks of a step (default: %(default)s)")
     parser.add_argument("--profile", metavar="FILE", type=Path, help="write a torch profiler trace of the first path")
@@ -135,7 +141,7 @@ def benchmark_step(argv: list[str]) -> None:
                 model.activation_checkpointing_enable()
         step = TrainingStep(model, recipe, accelerator)
         for penalty in options.penalties:
-            cases.append(Case(name_of(path, penalty), partial(step, partial(loss, blocks=blocks, penalty=penalty))))
+            cases.append(Case(case_name(path, penalty), partial(step, partial(loss, blocks=blocks, penalty=penalty))))
 
     products = measure(cases, options.rounds, accelerator)
     parameters = sum(tensor.numel() for name, tensor in weights.items() if name != "lm_head.weight")
@@ -154,7 +160,8 @@ class TrainingStep:
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe, accelerator: Accelerator):
         self.model = model.to(accelerator.device).train()
-        self.optimizer = build_optimizer(self.model, dataclasses.replace(recipe, learning_rate=1e-6))
+        slow = dataclasses.replace(recipe, learning_rate=1e-6)  # so that all repetitions are of nearly one model
+        self.optimizer = OPTIMIZERS[recipe.optimizer].build(self.model, slow)
         self.max_grad_norm = recipe.max_grad_norm
         self.accelerator = accelerator
 
@@ -201,18 +208,10 @@ def penalty_by_autograd(logits: Tensor, penalty_type: str, weight: float, top_k:
 
 
 def usual_config(recipe: Recipe, vocab_size: int) -> GPT2Config:
-    return GPT2Config(
-        vocab_size=vocab_size,
-        n_positions=recipe.block_size,
-        n_embd=recipe.n_embd,
-        n_layer=recipe.n_layer,
-        n_head=recipe.n_head,
-        resid_pdrop=recipe.dropout,
-        embd_pdrop=recipe.dropout,
-        attn_pdrop=recipe.dropout,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    """The recipe's model as transformers would train it: with GPT-2's own activation."""
+    config = model_config(recipe, vocab_size, eos_token_id=0)
+    config.activation_function = EXPORTED_ACTIVATION
+    return config
 
 
 def benchmark_head(argv: list[str]) -> None:
@@ -251,7 +250,7 @@ def benchmark_head(argv: list[str]) -> None:
 
     functions = {"ours": ours, "transformers": transformers}
     cases = [
-        Case(name_of(path, penalty), partial(run, partial(functions[path], penalty)))
+        Case(case_name(path, penalty), partial(run, partial(functions[path], penalty)))
         for path in options.paths or functions
         for penalty in options.penalties
     ]
@@ -304,12 +303,13 @@ def benchmark_save(argv: list[str]) -> None:
         "written meanwhile, beside steps (s)": written,
         "which these steps lost (s)": added,
     }
-    print(f"{size / 1e9:.2f} GB of state, {options.rounds} saves; median (and all)")
+    print(f"{format_bytes(size)} of state, {options.rounds} saves; median (and all)")
     for name, values in lines.items():
         print(f"  {name:36} {statistics.median(values):6.2f}   ({', '.join(f'{v:.2f}' for v in values)})")
 
 
-def name_of(path: str, penalty: tuple[str, float]) -> str:
+def case_name(path: str, penalty: tuple[str, float]) -> str:
+    """The name of a way to do the work, with its penalty where there is one."""
     penalty_type, weight = penalty
     return f"{path}, {penalty_type} {weight:g}" if weight else path
 
@@ -382,17 +382,13 @@ def report(
     accelerator: Accelerator,
     options: argparse.Namespace,
 ) -> None:
-    """The table, in Markdown. `flops` are those of one run of a case."""
-    device = accelerator.device
-    is_cpu = device.type == "cpu"
-    device_name = (
-        cpu_name() if is_cpu else torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    )
+    """Print the results as a Markdown table, and write them to `--json`. One run of a case is `tokens` and `flops`."""
+    hardware = find_hardware(accelerator, Processes(accelerator))
+    is_cpu, peak = hardware.device_type == "cpu", hardware.peak_flops
     threads = f", {torch.get_num_threads()} threads" if is_cpu else ""
     product_rate = 2 * PRODUCT_SIZE**3 / statistics.median(products)
-    peak = peak_flops(device_name)
     base = next((case for case in cases if case.name == "transformers"), cases[0])
-    print(f"{title}\n{device_name}{threads}, precision {accelerator.mixed_precision}, torch {torch.__version__}")
+    print(f"{title}\n{hardware.device_name}{threads}, precision {hardware.mixed_precision}, torch {torch.__version__}")
     print(
         f"{options.rounds} rounds, median [least, most]; product of {PRODUCT_SIZE} x {PRODUCT_SIZE}: "
         f"{product_rate / 1e9:,.0f} GFLOP/s [{2 * PRODUCT_SIZE**3 / max(products) / 1e9:,.0f}, "
@@ -411,7 +407,7 @@ def report(
             f"{tokens / middle:,.0f}",
             f"{ratio:.2f}",
             f"{flops / middle / product_rate:.0%}",
-            f"{case.peak_bytes / 1e6:,.0f} MB" if case.peak_bytes is not None else "unknown",
+            "unknown" if case.peak_bytes is None else format_bytes(case.peak_bytes),
         ]
         if is_cpu:
             inside = [sum(p.get(k, 0) for k in ("forward", "backward", "optimizer")) for p in case.parts]
@@ -420,13 +416,13 @@ def report(
         if peak is not None:
             row.append(f"{flops / middle / peak:.1%}")
         rows.append(row)
-    print_table(columns, rows)
+    print(markdown_table(columns, rows))
     if options.json:
         measured = {
             "title": title,
-            "device": device_name,
+            "device": hardware.device_name,
             "threads": torch.get_num_threads(),
-            "precision": accelerator.mixed_precision,
+            "precision": hardware.mixed_precision,
             "torch": torch.__version__,
             "tokens": tokens,
             "flops": flops,
@@ -436,23 +432,8 @@ def report(
         options.json.write_text(json.dumps(measured, indent=2) + "\n")
 
 
-def print_table(columns: list[str], rows: list[list[str]]) -> None:
-    """In Markdown."""
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for row in [columns, ["-" * width for width in widths], *rows]:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        exit_with(error)

@@ -38,6 +38,8 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
+from clm_owt.formatting import markdown_table
+from clm_owt.planning.devices import cpu_name
 from clm_owt.recipe import Recipe
 from clm_owt.recipe_reader import load_recipe
 
@@ -105,18 +107,18 @@ def build_store(files: list[str], recipe_options: list[str]) -> list[tuple[float
     import awkward  # noqa: F401 (as datasets, imported where it is needed)
     import datasets  # noqa: F401
 
-    from clm_owt.data.builder import build
+    from clm_owt.data.building import build
     from clm_owt.data.sources import resolve_source
 
     began, seen, progress = time.perf_counter(), 0, []
 
-    def watch(documents: int, tokens: int, text_bytes: int) -> None:
+    def on_encoded(documents: int, tokens: int, text_bytes: int) -> None:
         nonlocal seen
         seen += text_bytes
         progress.append((time.perf_counter() - began, seen))
 
     recipe = load(files, recipe_options)
-    build(recipe, resolve_source(recipe), watch=watch)
+    build(recipe, resolve_source(recipe), on_encoded=on_encoded)
     progress.append((time.perf_counter() - began, seen))
     return progress
 
@@ -184,7 +186,7 @@ def time_batches(files: list[str], recipe_options: list[str]) -> list[float]:
 
     recipe = load(files, recipe_options)
     store = TokenStore(recipe, resolve_source(recipe))
-    assert store.is_whole()
+    assert store.is_complete_on_disk()
     draw = np.random.default_rng(0)
     store.train.read(np.arange(0, len(store.train), 1000))  # each shard is verified when it is first opened
     seconds = []
@@ -390,7 +392,7 @@ class Benchmark:
         import torch
 
         from clm_owt.model.gpt2 import build_model
-        from clm_owt.training.optim import build_optimizer
+        from clm_owt.optimizers import OPTIMIZERS
 
         if len(os.sched_getaffinity(0)) < 2:
             return {"without": [], "beside": []}
@@ -399,7 +401,7 @@ class Benchmark:
         torch.set_num_threads(1)
         recipe = load_recipe([*self.recipe_options, *SMALL_MODEL, *RUN])
         model = build_model(recipe, 50_257, eos_token_id=0)
-        optimizer = build_optimizer(model, recipe)
+        optimizer = OPTIMIZERS[recipe.optimizer].build(model, recipe)
         blocks = torch.randint(50_257, (4, recipe.block_size))
         builder = self.process("ours", self.large, cores={second})
         while folder_bytes(builder.cache) < 1_000_000 and builder.poll() is None:
@@ -421,8 +423,6 @@ class Benchmark:
         return {name: seconds[2:] for name, seconds in measured.items()}
 
     def report(self, measured: dict) -> None:
-        from benchmark import cpu_name, print_table
-
         speeds = measured["ways"]
         size, first = self.sizes["whole"] / 1e6, self.sizes["first"] / 1e6
         print(f"{self.described}: {size:.0f} MB of text; first {first:.0f} MB, and after them")
@@ -442,7 +442,7 @@ class Benchmark:
             ]
             for way in WAYS
         ]
-        print_table(["way", "MB/s, first", "MB/s, after", "ours is, first", "ours is, after"], rows)
+        print(markdown_table(["way", "MB/s, first", "MB/s, after", "ours is, first", "ours is, after"], rows))
         memory, starts, beside = measured["memory"], measured["first step"], measured["beside"]
         small, large = (statistics.median(starts[name]) for name in ("small", "large"))
         batches = [1e3 * seconds for seconds in measured["batches"]]
@@ -463,7 +463,7 @@ class Benchmark:
                  f"{with_builder / without:.2f} × ({1e3 * without:.0f} ms, {1e3 * with_builder:.0f} ms)"]
             )  # fmt: skip
         print()
-        print_table(["beside that", "measured"], rows)
+        print(markdown_table(["beside that", "measured"], rows))
         minutes = OPENWEBTEXT_BYTES / 1e6 / statistics.median(speeds["ours"]["after"]) / 60
         print(f"\nderived: all of OpenWebText, {OPENWEBTEXT_BYTES / 1e9:.1f} GB of text, in {minutes:.0f} min")
 

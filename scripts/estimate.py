@@ -3,7 +3,7 @@
 python scripts/estimate.py --recipe recipes/owt_512.yaml
 python scripts/estimate.py --recipe recipes/owt_512.yaml --device a100-40gb rtx-4090 --gradient_checkpointing true
 
-Memory is found by tracing a training step of the real code without allocating it (clm_owt/memory_trace.py), without
+Memory is found by tracing a training step of the real code without allocating it (training/memory_trace.py), without
 torch.compile, which saves some. Time is arithmetic: FLOPs over the device's peak, at a stated share of it (MFU). Both
 are estimates. `--calibrate` measures the step on the GPU of this machine and shows that beside the estimate.
 Options that are not the script's own are the recipe's.
@@ -15,15 +15,17 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from clm_owt.batch import candidate_sizes
 from clm_owt.errors import InputError, exit_with
-from clm_owt.formatting import show_bytes, show_time
-from clm_owt.planning.devices import DEVICES, MFU_RANGE, Device, find_device
+from clm_owt.formatting import format_bytes, format_duration, text_table
+from clm_owt.planning.devices import DEVICES, MFU_RANGE, Device, Hardware, find_device
 from clm_owt.planning.memory import count_parameters, step_memory
 from clm_owt.planning.plan import flops_per_token
 from clm_owt.recipe import Recipe
 from clm_owt.recipe_reader import load_recipe
 
 GPT2_VOCABULARY = 50_257
+PARTS = ("weights", "gradients", "optimizer", "activations", "loss")
 
 
 @dataclass(frozen=True)
@@ -45,21 +47,23 @@ def estimate(recipe: Recipe, vocab_size: int, device: Device, processes: int, mf
     A trace takes seconds. So the size is sought by the formula of `step_memory`, and the step of what a run would take
     is traced; the difference corrects the formula, until the size that it gives has been traced.
     """
-    from clm_owt.batch import candidate_sizes
+    # Imported here, so that a bad recipe is reported without waiting for torch.
+    from clm_owt.training.memory_trace import trace_step
 
+    hardware = device.hardware(processes)
     budget = recipe.target_memory_utilization * device.memory
     batch = recipe.effective_batch_size
     sizes = list(candidate_sizes(batch, processes, batch))
     correction, traced = 0, {}
     while True:
         largest = next(
-            (size for size in sizes if by_formula(recipe, vocab_size, device, size) + correction <= budget), 0
+            (size for size in sizes if by_formula(recipe, vocab_size, size, hardware) + correction <= budget), 0
         )
         micro_batch = next((size for size in sizes if size <= min(largest, recipe.max_batch_size)), 0)
         if micro_batch == 0 or micro_batch in traced:
             break
-        traced[micro_batch] = trace(recipe, vocab_size, device, micro_batch)
-        correction = sum(traced[micro_batch].values()) - by_formula(recipe, vocab_size, device, micro_batch)
+        traced[micro_batch] = trace_step(recipe, vocab_size, micro_batch, hardware)
+        correction = sum(traced[micro_batch].values()) - by_formula(recipe, vocab_size, micro_batch, hardware)
     micro_batch = max((size for size, memory in traced.items() if sum(memory.values()) <= budget), default=0)
     flops = flops_per_token(count_parameters(recipe, vocab_size), recipe.n_layer, recipe.n_embd, recipe.block_size)
     work = flops * batch * recipe.block_size / (device.peak_flops * processes)
@@ -73,23 +77,8 @@ def estimate(recipe: Recipe, vocab_size: int, device: Device, processes: int, mf
     )
 
 
-def by_formula(recipe: Recipe, vocab_size: int, device: Device, micro_batch: int) -> int:
-    return sum(step_memory(recipe, vocab_size, micro_batch, **setting(device)).values())
-
-
-def setting(device: Device) -> dict[str, object]:
-    device_type = "mps" if device.pattern.startswith("Apple") else "cuda"
-    return {
-        "mixed_precision": device.mixed_precision,
-        "device_type": device_type,
-        "device_memory": device.memory,
-    }
-
-
-def trace(recipe: Recipe, vocab_size: int, device: Device, micro_batch: int) -> dict[str, int]:
-    from clm_owt.training.memory_trace import trace_step
-
-    return trace_step(recipe, vocab_size, micro_batch, **setting(device))
+def by_formula(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Hardware) -> int:
+    return sum(step_memory(recipe, vocab_size, micro_batch, hardware).values())
 
 
 def measure(argv: list[str], vocab_size: int, micro_batch: int, mixed_precision: str) -> int:
@@ -119,41 +108,36 @@ def find_vocab_size(recipe: Recipe, given: int | None) -> int:
     )
 
 
-def memory_table(estimates: list[Estimate], measured: dict[str, int]) -> list[list[str]]:
-    rows = [
-        ["device", "memory", "micro-batch", "accumulation", "largest that fits", "estimated", "weights", "gradients"]
-        + ["optimizer", "activations", "loss"]
-        + (["measured"] if measured else [])
-    ]
+def memory_table(estimates: list[Estimate], measured: dict[str, int]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows. `measured`: bytes of a real step, by the key of a device."""
+    header = ["device", "memory", "micro-batch", "accumulation", "largest that fits", "estimated", *PARTS]
+    rows = []
     for e in estimates:
         row = [e.device.name, f"{e.device.memory_gib:g} GiB"]
         if not e.micro_batch:
             rows.append([*row, "does not fit"])
             continue
-        parts = [show_bytes(e.memory[part]) for part in ("weights", "gradients", "optimizer", "activations", "loss")]
-        row += [str(e.micro_batch), str(e.accumulation), str(e.largest), show_bytes(sum(e.memory.values())), *parts]
-        rows.append(row + ([show_bytes(measured[e.device.key])] if e.device.key in measured else []))
-    return rows
+        parts = [format_bytes(e.memory[part]) for part in PARTS]
+        row += [str(e.micro_batch), str(e.accumulation), str(e.largest), format_bytes(sum(e.memory.values())), *parts]
+        rows.append(row + ([format_bytes(measured[e.device.key])] if e.device.key in measured else []))
+    return header + ["measured"] * bool(measured), rows
 
 
-def time_table(estimates: list[Estimate], steps: int | None, steps_per_epoch: float | None) -> list[list[str]]:
-    rows = [["device", "peak", "step", "epoch", "run"]]
+def time_table(
+    estimates: list[Estimate], steps: int | None, steps_per_epoch: float | None
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows."""
+    rows = []
 
     def span(seconds: tuple[float, float], count: float | None) -> str:
-        return "?" if count is None else f"{show_time(seconds[0] * count)} - {show_time(seconds[1] * count)}"
+        return (
+            "?" if count is None else f"{format_duration(seconds[0] * count)} - {format_duration(seconds[1] * count)}"
+        )
 
     for e in estimates:
         counts = (1, steps_per_epoch, steps)
         rows.append([e.device.name, f"{e.device.peak_tflops:g} T", *(span(e.step_seconds, count) for count in counts)])
-    return rows
-
-
-def show_table(rows: list[list[str]]) -> None:
-    width = max(map(len, rows))
-    rows = [row + [""] * (width - len(row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(word.ljust(size) for word, size in zip(row, widths, strict=True)).rstrip())
+    return ["device", "peak", "step", "epoch", "run"], rows
 
 
 def main(argv: list[str]) -> None:
@@ -196,9 +180,9 @@ def main(argv: list[str]) -> None:
     print(f"Estimated for {recipe.run_name}: {parameters:,} parameters, {recipe.effective_batch_size} blocks of "
           f"{recipe.block_size} tokens a step, {options.processes} device(s)\n")  # fmt: skip
     print(f"Memory of each device, estimated (target: {recipe.target_memory_utilization:.0%} of it)")
-    show_table(memory_table(estimates, measured))
+    print(text_table(*memory_table(estimates, measured)))
     print(f"\nTime, estimated at {options.mfu[1]:.0%} to {options.mfu[0]:.0%} of the device's peak")
-    show_table(time_table(estimates, steps, blocks and blocks / recipe.effective_batch_size))
+    print(text_table(*time_table(estimates, steps, blocks and blocks / recipe.effective_batch_size)))
 
 
 def local_device() -> Device:
@@ -207,7 +191,9 @@ def local_device() -> Device:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     device = find_device(name)
     if device is None:
-        raise InputError(f"--calibrate: needs a GPU of the list in clm_owt/devices.py; here is {name or 'none'}")
+        raise InputError(
+            f"--calibrate: needs a GPU of the list in clm_owt/planning/devices.py; here is {name or 'none'}"
+        )
     return device
 
 

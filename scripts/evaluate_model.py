@@ -6,6 +6,7 @@ python scripts/evaluate_model.py --model runs/owt_512/model --tasks lambada_open
 """
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
+    """What was measured, which is also printed unless `--json` is given. Raises InputError for what cannot be done."""
     # Imported here, so that a wrong option is reported without waiting for torch.
     import transformers
 
@@ -47,13 +49,13 @@ def run(options: argparse.Namespace) -> dict[str, object]:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    say = (lambda *lines: None) if options.json else (lambda *lines: print(*lines, sep="\n", flush=True))
+    say = (lambda text: None) if options.json else functools.partial(print, flush=True)
     model, tokenizer = load(options.model, options.revision)
     if options.tasks:
         results = zero_shot.evaluate_tasks(
             model, tokenizer, options.tasks, options.task_folder, options.batch_size, options.limit
         )
-        say(*zero_shot.describe(results))
+        say(zero_shot.results_table(results))
         return results
     if options.recipe:
         windows = recipe_windows(options.recipe, tokenizer, model.config.n_positions, options.stride)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from clm_owt.errors import InputError, exit_with
+from clm_owt.files import write_text
 from clm_owt.reports.curves import save_picture
 from clm_owt.reports.record import RunRecord
 
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> None:
 
 
 def plot(folders: list[Path], output: Path) -> None:
+    """Draw the runs in `folders` to `output`. Raises InputError for another format, and for a folder without a run."""
     if output.suffix not in (".png", ".svg", ".html"):
         raise InputError(f"--output: {output} does not work; expected a name that ends in .png, .svg or .html")
     runs = [RunRecord.read(folder) for folder in folders]
@@ -40,7 +42,7 @@ def plot(folders: list[Path], output: Path) -> None:
         page = write_page(runs)
     except ModuleNotFoundError as error:
         raise InputError(f"--output: HTML needs {error.name}; pip install 'clm_owt[plot]', or draw a .png") from error
-    output.write_text(page, encoding="utf-8")
+    write_text(output, page)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ python scripts/prepare_data.py --recipe recipes/owt_512.yaml --upload_to me/owt-
 python scripts/prepare_data.py --recipe recipes/owt_512.yaml --download_from me/owt-tokens
 
 The store is the same byte for byte in one piece, by several workers or in parts. Interrupted, the same command goes
-on. Workers and parts take files of the dataset, so that a dataset of one file gains nothing by them. Parts wait in
+on. A worker encodes a file of the dataset at a time, so that a dataset of one file gains nothing by them;
+starting one takes about 3 s, so that on two cores two of them pay from about half a gigabyte of text on. Parts wait in
 `data_cache_dir`/stores/*.parts: a folder that all jobs share, or one into which all their files are copied.
 Options that are not the script's own are the recipe's. A run needs none of this: it builds the store as it trains.
 """
@@ -23,16 +24,20 @@ import time
 from pathlib import Path
 from typing import Self
 
+# Else `datasets` imports torch when it begins to stream: some 2 s in this process and in each of its workers.
+os.environ.setdefault("USE_TORCH", "0")
+
 import numpy as np
 
 from clm_owt.console import print_lines
-from clm_owt.data.builder import build, encode_parts, missing_parts
+from clm_owt.data.building import build, encode_parts, find_missing_parts
 from clm_owt.data.documents import count_files
 from clm_owt.data.shared_store import download_store, upload_store
 from clm_owt.data.sources import Source, resolve_source
 from clm_owt.data.token_store import TokenStore
 from clm_owt.errors import InputError, RunFailed, exit_with
-from clm_owt.formatting import show_bytes, show_time
+from clm_owt.files import replacing
+from clm_owt.formatting import format_bytes, format_duration
 from clm_owt.planning.plan import block_bytes, disk_problems, find_disk
 from clm_owt.recipe import Recipe
 from clm_owt.recipe_reader import load_recipe
@@ -41,7 +46,7 @@ NANOGPT_FILES = {"train": "train.bin", "validation": "val.bin"}
 
 
 class Progress:
-    """Says every `every` seconds how far the encoding is, in a `with` statement."""
+    """Prints every `every` seconds how far the encoding is, and once more at the end. Used in a `with` statement."""
 
     def __init__(self, store: TokenStore, expected_tokens: int | None, every: float = 10.0):
         self.store, self.expected_tokens, self.every = store, expected_tokens, every
@@ -75,13 +80,13 @@ class Progress:
         )
         parts = [
             f"{self.documents:,} documents ({self.documents / seconds:,.0f}/s)",
-            f"{show_bytes(self.text_bytes)} of text ({self.text_bytes / seconds / 1e6:.1f} MB/s)",
+            f"{format_bytes(self.text_bytes)} of text ({self.text_bytes / seconds / 1e6:.1f} MB/s)",
             f"{self.before + self.tokens:,} tokens",
             f"{shards:,} shards",
         ]
         if self.expected_tokens and self.tokens and not self.over.is_set():
             left = max(0, self.expected_tokens - self.before - self.tokens)
-            parts.append(f"about {show_time(left * seconds / self.tokens)} left")
+            parts.append(f"about {format_duration(left * seconds / self.tokens)} left")
         return ", ".join(parts)
 
 
@@ -94,14 +99,15 @@ def prepare(options: argparse.Namespace, recipe: Recipe) -> None:
         download_store(recipe, source, options.download_from)
     elif options.part:
         return encode_part(options, recipe, source, store)
-    elif not store.is_whole():
-        if options.merge and (missing := missing_parts(recipe, source)):
+    elif not store.is_complete_on_disk():
+        if options.merge and (missing := find_missing_parts(recipe, source)):
             raise InputError(f"--merge: {len(missing)} parts are not there yet, files {show_files(missing)}")
         check_disk(recipe, store)
+        workers = useful_workers(options.num_workers, source)
         with Progress(store, expected_tokens(recipe)) as progress:
-            build(recipe, source, num_workers=options.num_workers, watch=progress.encoded)
+            build(recipe, source, num_workers=workers, on_encoded=progress.encoded)
     store.refresh()
-    print_lines(*describe(store))
+    print_lines(*summary_lines(store))
     if options.export:
         export_nanogpt(store, options.export_dir)
     if options.upload_to:
@@ -109,9 +115,18 @@ def prepare(options: argparse.Namespace, recipe: Recipe) -> None:
         print_lines(f"Uploaded to {options.upload_to}; take it with --download_from {options.upload_to}")
 
 
+def useful_workers(num_workers: int, source: Source) -> int:
+    """`num_workers`, or the number of files where that is lower, which is printed."""
+    files = count_files(source) if num_workers > 1 else 1
+    if num_workers > files:
+        print_lines(f"--num_workers: {files} instead of {num_workers}, since a worker encodes one file at a time")
+    return min(num_workers, files)
+
+
 def encode_part(options: argparse.Namespace, recipe: Recipe, source: Source, store: TokenStore) -> None:
+    """Encode part i of n, as `--part i/n` says, into part files: a run of neighbouring files of the source."""
     number, count = options.part
-    if store.is_whole():
+    if store.is_complete_on_disk():
         return print_lines("The token store is complete already")
     total = count_files(source)
     files = range((number - 1) * total // count, number * total // count)
@@ -126,6 +141,7 @@ def encode_part(options: argparse.Namespace, recipe: Recipe, source: Source, sto
 
 
 def expected_tokens(recipe: Recipe) -> int | None:
+    """How many training tokens the recipe expects; None where it does not say."""
     return recipe.expected_train_blocks and recipe.expected_train_blocks * recipe.block_size
 
 
@@ -141,7 +157,8 @@ def check_disk(recipe: Recipe, store: TokenStore) -> None:
         raise InputError("\n".join(problems))
 
 
-def describe(store: TokenStore) -> list[str]:
+def summary_lines(store: TokenStore) -> list[str]:
+    """What a complete store holds."""
     documents = store.documents
     return [
         f"Token store {store.folder}",
@@ -165,22 +182,20 @@ def verify(store: TokenStore) -> None:
     if problems:
         raise InputError("\n".join(problems))
     shards = len(store.validation.shard_rows) + len(store.train.shard_rows)
-    print_lines(*describe(store), f"Verified: {shards:,} shards are whole and as they were written")
+    print_lines(*summary_lines(store), f"Verified: {shards:,} shards are complete and as they were written")
 
 
 def export_nanogpt(store: TokenStore, folder: Path) -> None:
-    """`train.bin` and `val.bin` as nanoGPT's loader maps them: uint16 ids end to end, the documents of each split
-    without the incomplete last block."""
+    """Write `train.bin` and `val.bin` as nanoGPT's loader maps them: uint16 ids end to end, the documents of each
+    split without the incomplete last block. Raises InputError for a store of 32-bit ids."""
     if store.manifest["dtype"] != "uint16":
         raise InputError(f"--export nanogpt: its files hold 16-bit ids; this store's are {store.manifest['dtype']}")
     folder.mkdir(parents=True, exist_ok=True)
     for split, name in NANOGPT_FILES.items():
         blocks, file = getattr(store, split), folder / name
-        aside = file.with_suffix(".partial")
-        with open(aside, "wb") as sink:
+        with replacing(file) as aside, open(aside, "wb") as sink:
             for index in range(len(blocks.shard_rows)):
                 np.ascontiguousarray(blocks.open_shard(index), "<u2").tofile(sink)
-        aside.replace(file)
         print_lines(f"{file}: {file.stat().st_size // 2:,} tokens")
 
 
@@ -188,14 +203,14 @@ def show_files(files: list[int]) -> str:
     return ", ".join(map(str, files[:20])) + (", …" if len(files) > 20 else "")
 
 
-def part(text: str) -> tuple[int, int]:
+def parse_part(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} does not work; expected i/n with i from 1 to n, such as 2/8")
     return int(match[1]), int(match[2])
 
 
-def positive(text: str) -> int:
+def parse_positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} does not work; expected at least 1")
     return int(text)
@@ -203,9 +218,11 @@ def positive(text: str) -> int:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_workers", type=positive, default=1, help="processes that encode files side by side")
+    parser.add_argument(
+        "--num_workers", type=parse_positive, default=1, help="processes that encode files side by side"
+    )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--part", type=part, metavar="I/N", help="encode one of N parts, and no more")
+    what.add_argument("--part", type=parse_part, metavar="I/N", help="encode one of N parts, and no more")
     what.add_argument("--merge", action="store_true", help="build the store from parts, all of which must be there")
     what.add_argument("--verify", action="store_true", help="read every shard of the store and check it")
     what.add_argument("--download_from", metavar="REPO", help="take the store from this dataset on the Hub")

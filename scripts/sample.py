@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from clm_owt.errors import InputError, exit_with
-from clm_owt.recipe import GUIDE_PROMPTS
+from clm_owt.recipe import DEFAULT_PROMPTS
 
 
 def main(argv: list[str]) -> None:
@@ -65,7 +65,7 @@ def sample_all(options: argparse.Namespace) -> None:
     transformers.logging.disable_progress_bar()
     model, tokenizer = load(options.model, options.revision)
     streamer = None if options.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    for prompt in prompts or GUIDE_PROMPTS:
+    for prompt in prompts or DEFAULT_PROMPTS:
         for seed in range(options.seed, options.seed + options.count):
             if not options.json:
                 print(prompt, end="", flush=True)

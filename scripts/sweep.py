@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import csv
 import itertools
-import json
 import math
 import os
 import queue
@@ -35,8 +34,11 @@ from typing import Any
 import yaml
 
 from clm_owt.errors import InputError, RecipeError, exit_with
+from clm_owt.files import replacing, write_text
+from clm_owt.formatting import text_table
 from clm_owt.recipe import Recipe, show
 from clm_owt.recipe_reader import StrictLoader, load_recipe
+from clm_owt.reports.record import Row, read_metrics, read_plan, read_recipe, split_rows
 
 METHODS = ("grid", "random", "bayes")
 POLL_SECONDS = 1.0
@@ -59,17 +61,34 @@ class Sweep:
 
 @dataclass
 class SweptRun:
-    """One run of a sweep: its options, where it writes, and how it went."""
+    """One run of a sweep: the searched options, all that its command is given, what this makes, and how it went."""
 
     options: dict[str, Any]
+    arguments: list[str]
     recipe: Recipe
     status: str = "not started"
-    measures: dict[str, float] = field(default_factory=dict)
+    measures: dict[str, float] = field(default_factory=dict)  # of the last validation
     seconds: float = math.nan
 
     @property
     def folder(self) -> Path:
         return Path(self.recipe.output_dir)
+
+    @property
+    def label(self) -> str:
+        return ", ".join(f"{name}={show(value)}" for name, value in self.options.items())
+
+    def validations(self) -> list[Row]:
+        """The validation rows that the run has written so far."""
+        return split_rows(read_metrics(self.folder / "metrics.jsonl"))[1]
+
+    def read_folder(self) -> None:
+        """Fill in how the run stands: its last validation and, where it has ended, its time."""
+        for row in self.validations()[-1:]:
+            self.measures = {name: row[name] for name in MEASURES if name in row}
+        plan = read_plan(self.folder) if (self.folder / "plan.json").is_file() else {}
+        if "finished" in plan:
+            self.status, self.seconds = "finished", plan["elapsed_seconds"]
 
 
 def read_sweep(path: Path, run_cap: int | None = None) -> Sweep:
@@ -127,8 +146,8 @@ def distribution(name: str, parameter: dict[str, Any]):
     low, high = parameter.get("min"), parameter.get("max")
     if low is None or high is None:
         raise InputError(f"{name}: expected value, values, or min and max")
-    whole = isinstance(low, int) and isinstance(high, int)
-    kind = parameter.get("distribution", "int_uniform" if whole else "uniform")
+    integers = isinstance(low, int) and isinstance(high, int)
+    kind = parameter.get("distribution", "int_uniform" if integers else "uniform")
     match kind:
         case "int_uniform":
             return IntDistribution(low, high)
@@ -156,12 +175,12 @@ def to_arguments(options: dict[str, Any]) -> list[str]:
 
 def plan_run(sweep: Sweep, searched: dict[str, Any], extra: list[str]) -> SweptRun:
     """Raises RecipeError where these values make no recipe."""
-    return SweptRun(searched, load_recipe([*to_arguments(sweep.fixed | searched), *extra]))
+    arguments = [*to_arguments(sweep.fixed | searched), *extra]
+    return SweptRun(searched, arguments, load_recipe(arguments))
 
 
-def run_command(sweep: Sweep, run: SweptRun, extra: list[str], gpu: str | None) -> list[str]:
+def run_command(sweep: Sweep, run: SweptRun, gpu: str | None) -> list[str]:
     """The command of a run, W&B's macros filled in. On one GPU of several it is started as a single process."""
-    arguments = [*to_arguments(sweep.fixed | run.options), *extra]
     words: list[str] = []
     for word in sweep.command:
         match word:
@@ -172,7 +191,7 @@ def run_command(sweep: Sweep, run: SweptRun, extra: list[str], gpu: str | None) 
             case "${program}":
                 words.append(sweep.program)
             case "${args}":
-                words += arguments
+                words += run.arguments
             case "launch" if gpu is not None:
                 words += ["launch", "--num_processes", "1", "--main_process_port", "0"]
             case _:
@@ -180,32 +199,29 @@ def run_command(sweep: Sweep, run: SweptRun, extra: list[str], gpu: str | None) 
     return words
 
 
-class Stopping:
-    """Ends all running commands when the sweep is interrupted; what they had done is continued the next time."""
-
-    def __init__(self) -> None:
-        self.requested = threading.Event()
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator["Stopping"]:
-        previous = {s: signal.signal(s, lambda *_: self.requested.set()) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
+@contextlib.contextmanager
+def interruption() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, instead of ending the sweep at once."""
+    interrupted = threading.Event()
+    previous = {s: signal.signal(s, lambda *_: interrupted.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupted
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 def execute(
     command: list[str],
     log: Path,
     gpu: str | None,
-    stopping: Stopping,
-    watch: Callable[[], bool] = lambda: False,
+    interrupted: threading.Event,
+    is_hopeless: Callable[[], bool] = lambda: False,
 ) -> int | None:
-    """Run a command, its output to `log`; its exit status, or None where `watch` said to end it.
+    """Run a command, its output to `log`; gives its exit status, or None where it was ended because `is_hopeless`.
 
-    The command has a process group of its own, so that the training ends with its launcher.
+    The command has a process group of its own, so that the training ends with its launcher. An interrupted one saves
+    itself, and is continued the next time.
     """
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     if gpu is not None:
@@ -216,71 +232,52 @@ def execute(
         )
         ended = False
         while process.poll() is None:
-            if not ended and (stopping.requested.is_set() or watch()):
+            if not ended and (interrupted.is_set() or is_hopeless()):
                 ended = True
                 os.killpg(process.pid, signal.SIGTERM)  # a training saves itself first
             time.sleep(POLL_SECONDS / 10)
-    return None if ended and not stopping.requested.is_set() else process.returncode
-
-
-def read_result(run: SweptRun) -> None:
-    """Fill in how the run stands from its folder: the last validation and, where it has ended, its time."""
-    for row in validation_rows(run.folder):
-        run.measures = {name: row[name] for name in MEASURES if name in row}
-    plan = run.folder / "plan.json"
-    if plan.is_file():
-        content = json.loads(plan.read_text(encoding="utf-8"))
-        if "finished" in content:
-            run.status = "finished"
-            run.seconds = content["elapsed_seconds"]
-
-
-def validation_rows(folder: Path) -> list[dict[str, float]]:
-    metrics = folder / "metrics.jsonl"
-    if not metrics.is_file():
-        return []
-    # A line that is being written has no end yet.
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [row for row in rows if row["split"] == "validation"]
+    return None if ended and not interrupted.is_set() else process.returncode
 
 
 class LocalSweep:
     """A sweep's runs on this machine. `gpus`: one run at a time on each; [None]: one at a time on all there is."""
 
-    def __init__(self, sweep: Sweep, extra: list[str], gpus: list[str | None], folder: Path, stopping: Stopping):
-        self.sweep, self.extra, self.folder, self.stopping = sweep, extra, folder, stopping
+    def __init__(
+        self, sweep: Sweep, extra: list[str], gpus: list[str | None], folder: Path, interrupted: threading.Event
+    ):
+        self.sweep, self.extra, self.folder, self.interrupted = sweep, extra, folder, interrupted
         self.places = gpus
         self.free: queue.Queue[str | None] = queue.Queue()
         for gpu in gpus:
             self.free.put(gpu)
         self.runs: list[SweptRun] = []
 
-    def carry_out(self, run: SweptRun, watch: Callable[[], bool] = lambda: False) -> None:
+    def carry_out(self, run: SweptRun, is_hopeless: Callable[[], bool] = lambda: False) -> None:
         """Run or continue `run` on the next free place, unless it has finished before."""
         gpu = self.free.get()
         try:
-            if self.stopping.requested.is_set():
+            if self.interrupted.is_set():
                 return
-            read_result(run)
-            label = ", ".join(f"{name}={show(value)}" for name, value in run.options.items())
+            run.read_folder()
             if run.status == "finished":
-                print(f"{label}: finished before, kept", flush=True)
+                print(f"{run.label}: finished before, kept", flush=True)
                 return
             log = self.folder / f"{run.recipe.run_name}.log"
-            print(f"{label}: running, output in {log}", flush=True)
-            status = execute(run_command(self.sweep, run, self.extra, gpu), log, gpu, self.stopping, watch)
-            read_result(run)
+            print(f"{run.label}: running, output in {log}", flush=True)
+            command = run_command(self.sweep, run, gpu)
+            status = execute(command, log, gpu, self.interrupted, is_hopeless)
+            run.read_folder()
             if status is None:
                 run.status = "stopped early"
             elif status != 0 or run.status != "finished":
-                run.status = "interrupted" if self.stopping.requested.is_set() else f"failed ({status})"
+                run.status = "interrupted" if self.interrupted.is_set() else f"failed ({status})"
             loss = f", validation {run.measures['ce_loss']:.4f}" if run.measures else ""
-            print(f"{label}: {run.status}{loss}", flush=True)
+            print(f"{run.label}: {run.status}{loss}", flush=True)
         finally:
             self.free.put(gpu)
 
     def run_grid(self) -> None:
+        """Every combination of the searched values."""
         self.runs = plan_grid(self.sweep, self.extra)
         with ThreadPoolExecutor(len(self.places)) as pool:
             list(pool.map(self.carry_out, self.runs))
@@ -294,7 +291,7 @@ class LocalSweep:
             if trial.state.is_finished():
                 run = plan_run(self.sweep, trial.params, self.extra)
                 run.status = trial.user_attrs["status"]
-                read_result(run)
+                run.read_folder()
                 self.runs.append(run)
         tries = waiting + [None] * (self.sweep.run_cap - len(study.trials))
         with ThreadPoolExecutor(len(self.places)) as pool:
@@ -304,7 +301,7 @@ class LocalSweep:
         """One trial of a study: `begun` before and not finished, or None for a new one."""
         import optuna
 
-        if self.stopping.requested.is_set():
+        if self.interrupted.is_set():
             return
         with self.lock:
             if begun is None:
@@ -317,16 +314,16 @@ class LocalSweep:
         reported = set(begun.intermediate_values) if begun is not None else set()
 
         def report_validations() -> None:
-            for row in validation_rows(run.folder):
+            for row in run.validations():
                 if row["step"] not in reported:
                     reported.add(row["step"])
                     trial.report(row["ce_loss"], row["step"])
 
-        def behind_the_others() -> bool:
+        def is_behind_the_others() -> bool:
             report_validations()
             return self.sweep.first_pruned_validation is not None and bool(reported) and trial.should_prune()
 
-        self.carry_out(run, behind_the_others)
+        self.carry_out(run, is_behind_the_others)
         report_validations()
         if run.status in ("interrupted", "not started"):
             return
@@ -360,6 +357,7 @@ def plan_grid(sweep: Sweep, extra: list[str]) -> list[SweptRun]:
 
 
 def open_study(sweep: Sweep, folder: Path):
+    """The sweep's Optuna study, begun or continued."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -379,38 +377,35 @@ def open_study(sweep: Sweep, folder: Path):
     return study
 
 
-def tabulate(sweep: Sweep, runs: list[SweptRun]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, in the order of the searched values."""
-    header = [*sweep.searched, *MEASURES, "minutes", "status"]
-    rows = []
-    for run in runs:
-        measures = [f"{run.measures[m]:.4f}" if m in run.measures and m != "step" else "" for m in MEASURES]
-        measures[0] = str(run.measures.get("step", ""))
-        minutes = "" if math.isnan(run.seconds) else f"{run.seconds / 60:.1f}"
-        rows.append([*(show(run.options[name]) for name in sweep.searched), *measures, minutes, run.status])
-    return header, rows
+def table_row(sweep: Sweep, run: SweptRun) -> list[str]:
+    """The searched values, MEASURES, minutes and status of a run."""
+    options = [show(run.options[name]) for name in sweep.searched]
+    values = [run.measures.get(name, "") for name in MEASURES]
+    measures = [f"{value:.4f}" if isinstance(value, float) else str(value) for value in values]
+    minutes = "" if math.isnan(run.seconds) else f"{run.seconds / 60:.1f}"
+    return [*options, *measures, minutes, run.status]
 
 
 def report(sweep: Sweep, runs: list[SweptRun], folder: Path) -> None:
     """Print the table; write it as text, CSV and picture, and the best run's recipe."""
-    header, rows = tabulate(sweep, runs)
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    table = ["  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True)) for row in [header, *rows]]
-    print("", *table, sep="\n")
-    (folder / "table.txt").write_text("\n".join(table) + "\n", encoding="utf-8")
+    header = [*sweep.searched, *MEASURES, "minutes", "status"]
+    rows = [table_row(sweep, run) for run in runs]
+    table = text_table(header, rows)
+    print("", table, sep="\n")
+    write_text(folder / "table.txt", table + "\n")
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
     finished = [run for run in runs if run.status == "finished" and run.measures]
     if not finished:
         return
     best = min(finished, key=lambda run: run.measures["ce_loss"])
-    recipe = yaml.safe_load((best.folder / "recipe.yaml").read_text(encoding="utf-8"))
-    own = {name: value for name, value in recipe.items() if name not in ("run_name", "output_dir")}
+    settings = read_recipe(best.folder)
+    settings = {name: value for name, value in settings.items() if name not in ("run_name", "output_dir")}
     chosen = ", ".join(f"{name}: {show(value)}" for name, value in best.options.items())
-    (folder / "best.yaml").write_text(
+    write_text(
+        folder / "best.yaml",
         f"# The best of the sweep {sweep.name}: {chosen}; validation cross-entropy {best.measures['ce_loss']:.4f}\n"
-        + yaml.safe_dump(own, sort_keys=False, allow_unicode=True),
-        encoding="utf-8",
+        + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
     )
     draw(sweep, finished, folder / "table.png")
     print(f"\nBest: {chosen}; its recipe in {folder / 'best.yaml'}, the table in {folder}/table.{{txt,csv,png}}")
@@ -438,7 +433,8 @@ def draw(sweep: Sweep, runs: list[SweptRun], file: Path) -> None:
             axis.set(xlabel=name, ylabel=label)
             axis.grid(alpha=0.3)
     figure.suptitle(f"{sweep.name}: validation")
-    figure.savefig(file, dpi=120)
+    with replacing(file) as aside:
+        figure.savefig(aside, dpi=120, format="png")
     plt.close(figure)
 
 
@@ -462,15 +458,15 @@ def main(argv: list[str]) -> int:
                 f"{options.sweep}: the runs of a {sweep.method} search are not known before; --dry_run needs a grid"
             )
         for run in plan_grid(sweep, extra):
-            print(shlex.join(run_command(sweep, run, extra, gpus[0])))
+            print(shlex.join(run_command(sweep, run, gpus[0])))
         return 0
     folder = Path("runs/sweeps") / sweep.name
     folder.mkdir(parents=True, exist_ok=True)
-    with Stopping().listening() as stopping:
-        local = LocalSweep(sweep, extra, gpus, folder, stopping)
+    with interruption() as interrupted:
+        local = LocalSweep(sweep, extra, gpus, folder, interrupted)
         local.run_grid() if sweep.method == "grid" else local.run_search()
     report(sweep, local.runs, folder)
-    if stopping.requested.is_set():
+    if interrupted.is_set():
         print("Interrupted; the same command continues.")
         return 128 + signal.SIGINT
     failed = [run for run in local.runs if run.status.startswith("failed")]

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clm_owt.errors import InputError, exit_with
+from clm_owt.files import replacing
 from clm_owt.recipe_reader import load_recipe
-from clm_owt.schedule import learning_rate_at
+from clm_owt.schedule import rate_factor
 
 WIDTH, HEIGHT = 72, 12
 
@@ -27,19 +28,21 @@ class Schedule:
     min_lr_ratio: float
 
     def rate(self, step: int) -> float:
-        return learning_rate_at(step, self.peak, self.warmup_steps, self.total_steps, self.min_lr_ratio)
+        """The learning rate after `step` steps."""
+        return self.peak * rate_factor(step, self.warmup_steps, self.total_steps, self.min_lr_ratio)
 
     @property
     def warmup_ends(self) -> bool:
+        """Whether the warm-up ends before the run does."""
         return self.warmup_steps < self.total_steps
 
     @property
     def last_rate(self) -> float:
-        """Where it stops: at the floor, or on the way up."""
+        """The rate at the end of the run: the floor, or one of the warm-up that did not end."""
         return self.rate(self.total_steps)
 
-    def describe(self) -> list[str]:
-        """What the picture marks, in words."""
+    def summary(self) -> list[str]:
+        """Peak, warm-up and floor in words, one or two lines."""
         total = self.total_steps
         if not self.warmup_ends:
             return [
@@ -70,7 +73,7 @@ class Schedule:
 
 
 def draw(schedules: list[Schedule], file: Path) -> None:
-    """A PNG with all schedules; dots mark where a warm-up ends and where a rate stops."""
+    """Draw all schedules to a picture; dots mark where a warm-up ends and where a rate stops."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -93,12 +96,13 @@ def draw(schedules: list[Schedule], file: Path) -> None:
     axes.margins(x=0.12, y=0.12)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=120)
+    with replacing(file) as aside:
+        figure.savefig(aside, dpi=120, format=file.suffix[1:] or "png")
     plt.close(figure)
 
 
 def read_arguments(argv: list[str]) -> tuple[list[Schedule], Path]:
-    """Raises InputError where something is missing."""
+    """The schedules to draw, and the file to draw them in. Raises InputError where something is missing."""
     parser = argparse.ArgumentParser(
         prog="scripts/visualize_lr_schedule.py",
         description=__doc__,
@@ -129,6 +133,7 @@ def read_arguments(argv: list[str]) -> tuple[list[Schedule], Path]:
 
 
 def from_recipe(path: str) -> Schedule:
+    """The schedule of a recipe file. Raises InputError where its number of steps is not known yet."""
     recipe = load_recipe(["--recipe", path])
     total_steps = recipe.total_steps()
     if total_steps is None:
@@ -142,7 +147,7 @@ def from_recipe(path: str) -> Schedule:
 def main(argv: list[str]) -> None:
     schedules, output = read_arguments(argv)
     for schedule in schedules:
-        print(*schedule.describe(), *schedule.terminal_curve(), "", sep="\n")
+        print(*schedule.summary(), *schedule.terminal_curve(), "", sep="\n")
     draw(schedules, output)
     print(f"Drawn in {output}")
 

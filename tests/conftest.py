@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["support.hub_fixtures", "support.watched_fixtures"]
+pytest_plugins = ["support.hub_fixtures", "support.watched_fixtures", "support.fault_table"]
 
 GPT2_FILES = {  # as OpenAI published them
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",

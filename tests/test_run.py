@@ -2,36 +2,35 @@
 
 import json
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from support.runs import PYTHON, environment, launcher, run, timeless_metrics, write_json_lines
+from support.disturbances import fork_builders
+from support.runs import PYTHON, launcher, run, started, timeless_metrics, write_json_lines
 
 from clm_owt.training.checkpoint import checkpoints
 
 
 @pytest.fixture(scope="session")
-def whole_run(tiny_recipe, tmp_path_factory) -> Path:
+def complete_run(tiny_recipe, tmp_path_factory) -> Path:
     """The folder of a tiny run that was never interrupted, by `python run_clm_owt.py`."""
-    home = tmp_path_factory.mktemp("whole")
+    home = tmp_path_factory.mktemp("complete")
     result = run(PYTHON, "--recipe", str(tiny_recipe), cwd=home)
     assert result.returncode == 0, result.stderr
     return home / "runs" / "tiny"
 
 
-def test_one_process_under_accelerate_launch_does_the_same_bit_for_bit(whole_run, tiny_recipe, tmp_path):
+def test_one_process_under_accelerate_launch_does_the_same_bit_for_bit(complete_run, tiny_recipe, tmp_path):
     result = run(launcher(), "--recipe", str(tiny_recipe), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert timeless_metrics(tmp_path / "runs/tiny") == timeless_metrics(whole_run)
-    assert (tmp_path / "runs/tiny/samples.md").read_text() == (whole_run / "samples.md").read_text()
+    assert timeless_metrics(tmp_path / "runs/tiny") == timeless_metrics(complete_run)
+    assert (tmp_path / "runs/tiny/samples.md").read_text() == (complete_run / "samples.md").read_text()
     weights = "model/model.safetensors"
-    assert (tmp_path / "runs/tiny" / weights).read_bytes() == (whole_run / weights).read_bytes()
+    assert (tmp_path / "runs/tiny" / weights).read_bytes() == (complete_run / weights).read_bytes()
 
 
-def test_the_run_folder_holds_what_the_design_lists(whole_run):
-    names = {path.name for path in whole_run.iterdir()}
+def test_the_run_folder_holds_what_the_design_lists(complete_run):
+    names = {path.name for path in complete_run.iterdir()}
     assert names == {
         "recipe.yaml",
         "plan.json",
@@ -41,18 +40,18 @@ def test_the_run_folder_holds_what_the_design_lists(whole_run):
         "model",
         "training_curves.png",
     }
-    plan = json.loads((whole_run / "plan.json").read_text())
+    plan = json.loads((complete_run / "plan.json").read_text())
     assert (plan["total_steps"], plan["micro_batch"], plan["batch_arithmetic"]) == (
         12,
         8,
         "8 = 1 process × 1 micro-batch of 8",
     )
     assert plan["baselines"]["bigram"] < plan["baselines"]["unigram"]
-    assert [path.name for path in checkpoints(whole_run / "checkpoints")] == ["step-00000012", "step-00000008"]
+    assert [path.name for path in checkpoints(complete_run / "checkpoints")] == ["step-00000012", "step-00000008"]
 
 
-def test_the_metrics_hold_each_step_once_with_every_field(whole_run):
-    rows = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+def test_the_metrics_hold_each_step_once_with_every_field(complete_run):
+    rows = [json.loads(line) for line in (complete_run / "metrics.jsonl").read_text().splitlines()]
     train = [row for row in rows if row["split"] == "train"]
     validation = [row for row in rows if row["split"] == "validation"]
     assert [row["step"] for row in train] == list(range(1, 13))
@@ -66,10 +65,10 @@ def test_the_metrics_hold_each_step_once_with_every_field(whole_run):
     assert validation[-1]["loss"] < validation[0]["loss"]
 
 
-def test_the_model_is_an_ordinary_gpt2_that_a_pipeline_loads(whole_run):
+def test_the_model_is_an_ordinary_gpt2_that_a_pipeline_loads(complete_run):
     from transformers import GPT2LMHeadModel, pipeline
 
-    generate = pipeline("text-generation", model=str(whole_run / "model"))
+    generate = pipeline("text-generation", model=str(complete_run / "model"))
     assert type(generate.model) is GPT2LMHeadModel
     text = generate("Returns the", max_new_tokens=5, do_sample=False)[0]["generated_text"]
     assert text.startswith("Returns the") and len(text) > len("Returns the")
@@ -77,53 +76,41 @@ def test_the_model_is_an_ordinary_gpt2_that_a_pipeline_loads(whole_run):
     assert generate.model.config.vocab_size == len(generate.tokenizer) == 400
 
 
-def test_the_same_command_again_reports_the_finished_run(whole_run, tiny_recipe):
-    before = (whole_run / "metrics.jsonl").read_bytes()
-    result = run(PYTHON, "--recipe", str(tiny_recipe), cwd=whole_run.parent.parent)
+def test_the_same_command_again_reports_the_finished_run(complete_run, tiny_recipe):
+    before = (complete_run / "metrics.jsonl").read_bytes()
+    result = run(PYTHON, "--recipe", str(tiny_recipe), cwd=complete_run.parent.parent)
     assert result.returncode == 0
     assert result.stdout.startswith("Finished tiny: 12 steps")
     assert "Plan" not in result.stdout
-    assert (whole_run / "metrics.jsonl").read_bytes() == before
-
-
-def stop_when(process: subprocess.Popen, folder: Path, signum: int) -> int:
-    """Send a signal once the folder's first checkpoint is there; gives the exit status."""
-    deadline = time.monotonic() + 120
-    while not checkpoints(folder / "checkpoints"):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signum)
-    return process.wait(timeout=60)
+    assert (complete_run / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_run_stopped_after_a_checkpoint_continues_to_the_same_end_bit_for_bit(
-    whole_run, tiny_recipe, tmp_path, signum, status
+    complete_run, warm, tiny_recipe, tmp_path, signum, status
 ):
-    command = [*PYTHON, "--recipe", str(tiny_recipe)]
     folder = tmp_path / "runs/tiny"
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert stop_when(process, folder, signum) == status
-        assert "Traceback" not in process.stderr.read()
+    with started(PYTHON, "--recipe", str(tiny_recipe), cwd=tmp_path) as stopped:
+        stopped.wait_until(lambda: checkpoints(folder / "checkpoints"))
+        assert stopped.stop(signum) == status
+        assert "Traceback" not in stopped.text
     assert not (folder / "model").exists()  # it was stopped before the end
-    result = run(PYTHON, "--recipe", str(tiny_recipe), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "Continuing after step" in result.stdout
-    assert timeless_metrics(folder) == timeless_metrics(whole_run)
-    assert (folder / "samples.md").read_text() == (whole_run / "samples.md").read_text()
-    assert (folder / "model/model.safetensors").read_bytes() == (whole_run / "model/model.safetensors").read_bytes()
+    continued = warm.start("run_clm_owt:main", ["--recipe", str(tiny_recipe)], cwd=tmp_path)
+    assert continued.wait() == 0, continued.text
+    assert "Continuing after step" in continued.text
+    assert timeless_metrics(folder) == timeless_metrics(complete_run)
+    assert (folder / "samples.md").read_text() == (complete_run / "samples.md").read_text()
+    assert (folder / "model/model.safetensors").read_bytes() == (complete_run / "model/model.safetensors").read_bytes()
 
 
-def test_a_folder_that_holds_another_run_is_refused_with_the_way_on(whole_run, tiny_recipe):
-    before = sorted(path.name for path in whole_run.rglob("*"))
-    options = ["--recipe", str(tiny_recipe), "--learning_rate", "1e-3", "--output_dir", str(whole_run)]
-    result = run(PYTHON, *options, cwd=whole_run.parent)
+def test_a_folder_that_holds_another_run_is_refused_with_the_way_on(complete_run, tiny_recipe):
+    before = sorted(path.name for path in complete_run.rglob("*"))
+    options = ["--recipe", str(tiny_recipe), "--learning_rate", "1e-3", "--output_dir", str(complete_run)]
+    result = run(PYTHON, *options, cwd=complete_run.parent)
     assert result.returncode == 2
     assert "holds another run (learning_rate: 0.003 -> 0.001)" in result.stderr
-    assert f"--init_from {whole_run}/model --output_dir" in result.stderr
-    assert sorted(path.name for path in whole_run.rglob("*")) == before
+    assert f"--init_from {complete_run}/model --output_dir" in result.stderr
+    assert sorted(path.name for path in complete_run.rglob("*")) == before
 
 
 def test_the_plan_alone_trains_nothing_and_leaves_no_run_folder(tiny_recipe, tmp_path):
@@ -144,17 +131,18 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize("name", BAD_DATA)
-def test_data_that_cannot_be_trained_on_is_named_and_nothing_is_written(tiny_recipe, tmp_path, name):
+def test_data_that_cannot_be_trained_on_is_named_and_nothing_is_written(warm, tiny_recipe, tmp_path, name):
     write, options = BAD_DATA[name]
     folder = tmp_path / "data"
     folder.mkdir()
     write(folder)
     cache = tmp_path / "cache"
     more = ["--data_files", str(folder / "x.jsonl"), "--data_cache_dir", str(cache), "--validation_documents=1"]
-    result = run(PYTHON, "--recipe", str(tiny_recipe), *more, *options, cwd=tmp_path)
-    assert result.returncode == 2, (result.stdout, result.stderr)
-    assert "Traceback" not in result.stderr
-    lines = result.stderr.strip().splitlines()
+    argv = ["--recipe", str(tiny_recipe), *more, *options]
+    job = warm.start("support.disturbances:run_disturbed", argv, [fork_builders], cwd=tmp_path)
+    assert job.wait() == 2, job.text
+    assert "Traceback" not in job.text
+    lines = job.errors.read_text().strip().splitlines()
     assert 1 <= len(lines) <= 3, lines
     assert lines[0].startswith("error: ")
     assert not (tmp_path / "runs").exists()

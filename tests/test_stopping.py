@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from clm_owt import stopping
 from clm_owt.console import print_lines
+from clm_owt.errors import disk_is_full
 from clm_owt.stopping import Stopped, StopRequest
 
 
@@ -121,7 +122,7 @@ def test_lines_that_nobody_can_read_end_nothing(monkeypatch):
         monkeypatch.setattr("sys.stdout", full)
         print_lines("a", "b")
         monkeypatch.undo()
-        stopping.os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
 
 
 @pytest.mark.parametrize(
@@ -135,14 +136,14 @@ def test_lines_that_nobody_can_read_end_nothing(monkeypatch):
     ],
 )
 def test_a_full_disk_is_recognised_whoever_reports_it(error, full):
-    assert stopping.disk_is_full(error) == full
+    assert disk_is_full(error) == full
 
 
 def test_a_connection_lost_to_a_process_that_was_stopped_is_a_stop_as_well(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    tell_later = threading.Timer(0.3, send, [signal.SIGTERM])
+    send_later = threading.Timer(0.3, send, [signal.SIGTERM])
     with pytest.raises(Stopped), StopRequest().listening():
-        tell_later.start()
+        send_later.start()
         raise RuntimeError("Connection closed by peer")
     assert "Stopped by SIGTERM before the first step" in capsys.readouterr().out
 

@@ -1,33 +1,37 @@
-"""The documents of a source as a stream in their fixed order, which can go on from any batch.
+"""The documents of a source as a stream in their fixed order, which can be resumed at any batch.
 
-Every failure is an `InputError` that names the dataset or file, the column or row, and what was there instead.
+Every failure is an `InputError` that names the dataset or file, the column or row, and what was there instead. No
+remote code is ever run.
 """
 
+import contextlib
 import functools
 import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from clm_owt.data.python_docs import python_docs
-from clm_owt.data.retries import PAUSES, limit_silence, patiently, wait_for_better
+from clm_owt.data.retries import READ_PAUSES, pause_or_raise, with_retries
 from clm_owt.data.sources import Source, local_path
 from clm_owt.errors import InputError, one_line
 from clm_owt.formatting import show_value
+from clm_owt.hub_client import set_timeout
 from clm_owt.recipe import PYTHON_DOCS
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 ROWS_PER_BATCH = 1000  # a row group of OpenWebText; some 5 MB of text
 
 
-# Reading
-
-
 @dataclass(frozen=True)
 class Position:
-    """A place in the stream between two batches: the file, the rows of it before this place, and the state of
-    `datasets`' iterable at it (None: the start of the file)."""
+    """A place in the stream between two batches, from which reading can be resumed: the index of the file, the rows of
+    it before this place, and the state of `datasets`' iterable there (None at the start of the file)."""
 
     file: int = 0
     row: int = 0
@@ -40,47 +44,49 @@ START = Position()
 def read_documents(
     source: Source, start: Position = START, rows_per_batch: int = ROWS_PER_BATCH, end_file: int | None = None
 ) -> Iterator[tuple[Position, pa.LargeStringArray]]:
-    """Pairs of (the position before a batch, its texts), from `start` on, up to but without file `end_file`; every
-    text is there and valid UTF-8.
+    """Pairs of (the position before a batch, its texts), from `start` to the end of the source, or to the end of the
+    file before `end_file`. No text is null or invalid UTF-8; some may be empty.
 
     Documents come in the order of the files and, in them, of the rows. A plain text file's documents are its
-    paragraphs, separated by blank lines, as `datasets` gives them with `sample_by="paragraph"`.
+    paragraphs, separated by blank lines, as `datasets` gives them with `sample_by="paragraph"`. Where a connection
+    fails, the file is opened again at the last batch, after READ_PAUSES. Raises `InputError`.
     """
     corpus = open_corpus(source)
-    for file in range(start.file, corpus.num_files if end_file is None else end_file):
+    for file in range(start.file, len(corpus.files) if end_file is None else end_file):
         position = start if file == start.file else Position(file)
-        pauses = iter(PAUSES)
+        pauses = iter(READ_PAUSES)
         while position is not None:
             try:
                 for table, after in corpus.batches(position, rows_per_batch):
-                    name, column = corpus.file_name(file), source.text_column
+                    name, column = corpus.files[file], source.text_column
                     if column not in table.column_names:
                         raise missing_column(name, column, table.column_names)
                     yield position, checked_texts(table.column(column), name, column, position.row)
-                    position, pauses = after, iter(PAUSES)
+                    position, pauses = after, iter(READ_PAUSES)
                 position = None
             except InputError as error:
-                wait_for_better(error, pauses)  # and open the file anew, at the same place
+                pause_or_raise(error, pauses)
 
 
 def count_files(source: Source) -> int:
-    """Of the parts in which the source can be read side by side."""
-    return open_corpus(source).num_files
+    """The number of files of the source, which can be read independently of each other."""
+    return len(open_corpus(source).files)
 
 
 @functools.lru_cache(maxsize=1)
 def open_corpus(source: Source) -> "Corpus":
-    return patiently(lambda: Corpus(source))
+    return with_retries(lambda: Corpus(source))
 
 
 class Corpus:
-    """A source as `datasets` reads it: one streaming dataset a file, rows as Arrow tables."""
+    """A source as `datasets` reads it: one streaming dataset for each of `files` (paths or URLs), rows as Arrow
+    tables."""
 
     def __init__(self, source: Source):
         import datasets
 
-        limit_silence()
-        # Where a connection fails, reading begins anew at the last batch, after pauses of our own.
+        set_timeout()
+        # A failed connection is for `read_documents` to repeat, with pauses of its own.
         datasets.config.STREAMING_READ_MAX_RETRIES = 1
         datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
         datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
@@ -96,7 +102,7 @@ class Corpus:
             name = self.files[0] if len(self.files) == 1 else f"{self.files[0]} (or a later one of data_files)"
         else:
             name = f"dataset {source.dataset_name}"
-        with readable(name):
+        with input_errors(name):
             self.open_builder()
             self.dataset = self.builder.as_streaming_dataset(source.split)
             if not source.files:
@@ -124,28 +130,21 @@ class Corpus:
             self.builder = load_dataset_builder(source.dataset_name, cache_dir=lock_folder, **options)
 
     def check_column(self, name: str) -> None:
-        """What the schema alone shows. JSON has none until its rows are read."""
+        """Raises `InputError` where the schema lacks the text column. (JSON has no schema until its rows are read.)"""
         columns, column = self.dataset.column_names, self.source.text_column
         if columns and column not in columns:
             raise missing_column(name, column, columns)
 
-    @property
-    def num_files(self) -> int:
-        return len(self.files)
-
-    def file_name(self, index: int) -> str:
-        return self.files[index]
-
     def batches(self, start: Position, rows: int) -> Iterator[tuple[pa.Table, Position]]:
-        """The batches of a file from `start` on, each with the position after it."""
-        name = self.file_name(start.file)
-        with readable(name):
+        """The batches of one file from `start` on, `rows` each, with the position after each of them."""
+        name = self.files[start.file]
+        with input_errors(name):
             dataset = self.open_file(start.file)
             if start.state is not None:
                 dataset.load_state_dict(start.state)
         batches, row = iter(dataset.iter(batch_size=rows)), start.row
         while True:
-            with readable(name):
+            with input_errors(name):
                 table = next(batches, None)
                 if table is None:
                     return
@@ -153,30 +152,27 @@ class Corpus:
                 after = Position(start.file, row, dataset.state_dict())
             yield table, after
 
-    def open_file(self, index: int):
-        """File `index` as an `IterableDataset`. Parquet's row groups become its shards, so that resuming inside
-        the file seeks instead of reading and discarding; only this one file's footer is read for that."""
-        dataset = self.dataset.shard(num_shards=self.num_files, index=index) if self.num_files > 1 else self.dataset
+    def open_file(self, index: int) -> "IterableDataset":
+        """File `index` alone. Parquet's row groups become its shards, so that resuming inside the file seeks instead
+        of reading and discarding; only this one file's footer is read for that."""
+        dataset = self.dataset.shard(len(self.files), index) if len(self.files) > 1 else self.dataset
         return dataset.reshard().with_format("arrow")
 
 
-class readable:
-    """Turns whatever goes wrong while `name` is opened or read into an `InputError` that names it."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, UnicodeDecodeError):
-            byte = error.object[error.start]
-            raise InputError(f"{self.name}: not UTF-8 text (byte 0x{byte:02x}: {error.reason})") from error
-        if isinstance(error, StopIteration):  # `datasets` finds no first row to learn the columns from
-            raise InputError(f"{self.name}: holds no rows") from error
-        if isinstance(error, Exception) and not isinstance(error, InputError):
-            raise InputError(f"{self.name}: cannot be read ({one_line(error)})") from error
+@contextlib.contextmanager
+def input_errors(name: str) -> Iterator[None]:
+    """Whatever goes wrong in the block, where `name` is opened or read, becomes an `InputError` that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise InputError(f"{name}: not UTF-8 text (byte 0x{byte:02x}: {error.reason})") from error
+    except StopIteration as error:  # `datasets` finds no first row to learn the columns from
+        raise InputError(f"{name}: holds no rows") from error
+    except Exception as error:
+        raise InputError(f"{name}: cannot be read ({one_line(error)})") from error
 
 
 def missing_column(name: str, column: str, columns: list[str]) -> InputError:
@@ -184,7 +180,8 @@ def missing_column(name: str, column: str, columns: list[str]) -> InputError:
 
 
 def checked_texts(column: pa.ChunkedArray, name: str, column_name: str, first_row: int) -> pa.LargeStringArray:
-    """`column` as one array of large strings; anything but text in it is an error that names the row."""
+    """`column` as one array of large strings. Raises `InputError` with the row of the first value that is not text;
+    `first_row` is the row of the file at which the column begins."""
     texts = column.combine_chunks()
     if pa.types.is_dictionary(texts.type):
         texts = texts.dictionary_decode()

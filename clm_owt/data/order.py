@@ -17,8 +17,8 @@ from clm_owt.data.token_store import BLOCKS_PER_SHARD, Check, TokenStore
 class Order:
     """The order of the training blocks of a store with `shard_rows` blocks in its shards.
 
-    While shards are still being added, positions of epoch 0 inside those there are (`blocks`) have their final place;
-    later ones need the complete list. Seeking costs the same everywhere.
+    While shards are still being added, the order of the first `blocks` positions, those of the shards there are, is
+    final already; later positions need the complete list. Seeking costs the same everywhere.
     """
 
     def __init__(self, seed: int, shard_rows: Sequence[int]):
@@ -53,13 +53,14 @@ class Order:
 
 @functools.lru_cache(maxsize=16)
 def permutation(seed: int, epoch: int, shard: int, rows: int) -> np.ndarray:
+    """The order of the `rows` blocks of a shard in an epoch, int64 [rows]."""
     return np.random.RandomState([seed, epoch, shard]).permutation(rows)
 
 
 class TrainingBlocks:
     """The training blocks of a store, by position in the run. Waits for shards that are not there yet.
 
-    `seconds_waited` is the time spent waiting since the beginning; `check` is what `TokenStore`'s waits call.
+    seconds_waited: the time spent waiting since the beginning; check: what the waits of `TokenStore` call.
     """
 
     def __init__(self, store: TokenStore, seed: int, check: Check = lambda waiting_for: None):
@@ -70,13 +71,13 @@ class TrainingBlocks:
         self.order = Order(seed, [])
 
     def wait_for(self, stop: int) -> None:
-        """Until the shards of the positions before `stop` are there. The processes of a run wait for the whole of a
-        step, so that all look at files, and none waits inside a collective for another that does."""
-        if stop > self.order.blocks and not self.store_is_known_whole():
+        """Until the shards of the positions before `stop` are there. Every process of a run waits for all blocks of a
+        step, also those of others, so that none waits inside a collective for another that waits for a file."""
+        if stop > self.order.blocks and not self.has_all_shards():
             began = time.monotonic()
-            # a shard that is not the full size is the last, and then the store is complete
             self.store.wait_for_rows(stop, self.check)
             self.seconds_waited += time.monotonic() - began
+            # A shard that is not full is the last one, so that the shards before it keep their size in the order.
             self.order = Order(self.seed, self.store.train.shard_rows)
 
     def blocks_at(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +85,7 @@ class TrainingBlocks:
         self.wait_for(stop)
         return self.order.blocks_at(start, stop)
 
-    def store_is_known_whole(self) -> bool:
+    def has_all_shards(self) -> bool:
         return bool(self.order.blocks) and self.order.blocks == self.store.train_blocks
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -92,9 +93,10 @@ class TrainingBlocks:
         return self.store.train.read(block_ids(*self.blocks_at(start, stop)))
 
     def ids(self, start: int, stop: int) -> np.ndarray:
-        """Their ids, int64 [stop - start]: the same block has the same id in every epoch and on every machine."""
+        """The ids of those blocks, int64 [stop - start]: a block has the same id in every epoch, on every machine."""
         return block_ids(*self.blocks_at(start, stop))
 
 
 def block_ids(shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The places of blocks in the training split, counted in the order of the text from 0."""
     return shards * BLOCKS_PER_SHARD + rows

@@ -1,7 +1,9 @@
-"""Writing a token store: encoded documents packed into blocks and shards, to be continued after any shard."""
+"""Writing a token store: encoded documents are packed into blocks and shards; a build can be resumed after any shard.
+
+The manifest holds, with every shard, the place in the stream that follows it. `token_store` reads what this writes.
+"""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,19 +18,21 @@ from clm_owt.data.token_store import (
     COLUMN,
     SPLITS,
     checksum,
+    find_damaged_shard,
     read_manifest,
     shard_name,
-    whole_shards,
 )
 from clm_owt.errors import InputError
+from clm_owt.files import replacing, write_text
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A place in the stream of tokens: so many tokens after the beginning of a batch of documents.
+class TokenPosition:
+    """A place in the stream of tokens: `tokens` tokens after the beginning of a batch of documents.
 
-    A shard ends anywhere in a batch, but the source can only be resumed between two: so the batch is encoded again
-    and its first `tokens` left out. `documents` (not empty) and `empty` count those before the batch.
+    A shard ends anywhere in a batch, but reading can only be resumed between two: so the batch at `position` is
+    encoded again and its first `tokens` tokens left out. `documents` (those that are not empty) and `empty` count the
+    documents before the batch.
     """
 
     position: Position = START
@@ -36,20 +40,24 @@ class Mark:
     documents: int = 0
     empty: int = 0
 
-    def after(self, tokens: int) -> "Mark":
-        """The place so many tokens after the beginning of this batch."""
+    def with_tokens(self, tokens: int) -> "TokenPosition":
+        """The place `tokens` tokens after the beginning of the same batch."""
         return replace(self, tokens=tokens)
 
     def to_json(self) -> dict:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict) -> "Mark":
+    def from_json(cls, values: dict) -> "TokenPosition":
         return cls(**values | {"position": Position(**values["position"])})
 
 
 class StoreWriter:
-    """The store's folder and manifest, as the builder changes them. Nothing is created before the first shard."""
+    """The store's folder and manifest, as the builder changes them. Nothing is created before the first shard.
+
+    `description` is the head of the manifest; `before_first_shard()` and, after each shard, `on_shard(split)` are
+    called.
+    """
 
     def __init__(
         self,
@@ -70,11 +78,11 @@ class StoreWriter:
             "documents": {"validation": 0, "train": 0, "empty": 0},
             "complete": False,
         }
-        self.drop_damaged()
+        self.drop_damaged_shards()
 
-    def drop_damaged(self) -> None:
-        """Forget the first shard that is missing or of another size, and all that were written after it."""
-        damaged = whole_shards(self.folder, self.manifest)
+    def drop_damaged_shards(self) -> None:
+        """Take from the manifest the first shard that is missing or of another size, and all that come after it."""
+        damaged = find_damaged_shard(self.folder, self.manifest)
         if damaged is None:
             return
         split, index = damaged
@@ -87,49 +95,41 @@ class StoreWriter:
     def shards(self, split: str) -> list[dict]:
         return self.manifest[split]["shards"]
 
-    def mark(self) -> Mark:
-        """Where to go on: after the last shard there is."""
+    def end(self) -> TokenPosition:
+        """Where the build is to be resumed: the end of the last shard there is."""
         for split in reversed(SPLITS):
             if self.shards(split):
-                return Mark.from_json(self.shards(split)[-1]["after"])
-        return Mark()
+                return TokenPosition.from_json(self.shards(split)[-1]["after"])
+        return TokenPosition()
 
-    def write_shard(self, split: str, tokens: np.ndarray, after: Mark) -> None:
-        """`tokens`, a whole number of blocks, become the next shard of `split`: aside, flushed, renamed, listed."""
+    def write_shard(self, split: str, tokens: np.ndarray, end: TokenPosition) -> None:
+        """Write `tokens`, a multiple of the block size, as the next shard of `split`, and list it in the manifest.
+        `end` is the place after them. Raises OSError, and leaves no partial file, where the disk is full."""
         if not self.folder.is_dir():
             self.before_first_shard()
             self.folder.mkdir(parents=True)
-        index = len(self.shards(split))
-        file = self.folder / shard_name(split, index)
+        file = self.folder / shard_name(split, len(self.shards(split)))
         values = pa.FixedSizeListArray.from_arrays(pa.array(tokens.astype(self.dtype, copy=False)), self.block_size)
         table = pa.table({COLUMN: values})
-        aside = file.with_suffix(".partial")
-        try:
-            with open(aside, "wb") as sink:
-                with pa.ipc.new_stream(sink, table.schema) as stream:
-                    stream.write_table(table)
-                sink.flush()
-                os.fsync(sink.fileno())
-        except OSError:
-            aside.unlink(missing_ok=True)  # on a full disk its place is wanted
-            raise
-        shard = {"rows": table.num_rows, "bytes": aside.stat().st_size, "checksum": checksum(aside)}
-        os.replace(aside, file)
-        self.shards(split).append(shard | {"after": after.to_json()})
-        self.count_documents(after)
+        with replacing(file) as aside:
+            with open(aside, "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+                stream.write_table(table)
+            shard = {"rows": table.num_rows, "bytes": aside.stat().st_size, "checksum": checksum(aside)}
+        self.shards(split).append(shard | {"after": end.to_json()})
+        self.count_documents(end)
         self.write_manifest()
         self.on_shard(split)
 
-    def count_documents(self, mark: Mark) -> None:
+    def count_documents(self, end: TokenPosition) -> None:
         validation = self.manifest["validation_documents"]
         self.manifest["documents"] = {
-            "validation": min(mark.documents, validation),
-            "train": max(mark.documents - validation, 0),
-            "empty": mark.empty,
+            "validation": min(end.documents, validation),
+            "train": max(end.documents - validation, 0),
+            "empty": end.empty,
         }
 
-    def finish(self, end: Mark, tokens: np.ndarray) -> None:
-        """The last training shard, `tokens` (none where the shard before was the last), and the end of the store."""
+    def finish(self, end: TokenPosition, tokens: np.ndarray) -> None:
+        """Complete the store with the last training shard, `tokens` (none where the shard before was the last)."""
         self.manifest["train"]["complete"] = self.manifest["complete"] = True
         if len(tokens):
             self.write_shard("train", tokens, end)
@@ -138,23 +138,18 @@ class StoreWriter:
             self.write_manifest()
 
     def write_manifest(self) -> None:
-        aside = self.folder / "manifest.json.partial"
-        with open(aside, "w", encoding="utf-8") as sink:
-            json.dump(self.manifest, sink, indent=1)
-            sink.flush()
-            os.fsync(sink.fileno())
-        os.replace(aside, self.folder / "manifest.json")
+        write_text(self.folder / "manifest.json", json.dumps(self.manifest, indent=1))
 
 
-class Packer:
-    """Tokens that are not yet in a shard, in their order."""
+class TokenBuffer:
+    """Tokens that are not in a shard yet, in their order."""
 
     def __init__(self):
         self.pieces: list[np.ndarray] = []
         self.size = 0
 
     def add(self, tokens: np.ndarray) -> None:
-        if len(tokens):  # an empty slice would keep all that it was cut from
+        if len(tokens):  # an empty slice would keep alive the array that it was cut from
             self.pieces.append(tokens)
             self.size += len(tokens)
 
@@ -167,8 +162,8 @@ class Packer:
 
 
 def write_store(writer: StoreWriter, encoded: Callable[[Position], Iterator[Encoded]]) -> None:
-    """Continue the store from its last shard to the end of the stream; `encoded(position)` gives the documents from
-    there on.
+    """Write the store from the end of its last shard to the end of the stream; `encoded(position)` gives the documents
+    from `position` on.
 
     The blocks are a function of the stream, the tokenizer and the block size alone, so that the files are the same
     byte for byte however often this was interrupted. Raises `InputError` for a corpus with no document, or too short
@@ -176,15 +171,15 @@ def write_store(writer: StoreWriter, encoded: Callable[[Position], Iterator[Enco
     """
     block_size, held_out_documents = writer.block_size, writer.manifest["validation_documents"]
     shard_tokens = BLOCKS_PER_SHARD * block_size
-    start = writer.mark()
+    start = writer.end()
     batch, tokens_before = start, 0  # the batch that is being packed, and its tokens so far
     documents, empty = start.documents, start.empty
-    validation, train = Packer(), Packer()
+    validation, train = TokenBuffer(), TokenBuffer()
     validation_end = start
 
     for piece in encoded(start.position):
         if piece.position != batch.position:
-            batch, tokens_before = Mark(piece.position, 0, documents, empty), 0
+            batch, tokens_before = TokenPosition(piece.position, 0, documents, empty), 0
         packed = start.tokens if piece.position == start.position else 0  # of this batch, already in shards
         first = min(max(packed - tokens_before, 0), len(piece.tokens))
         held_out = int(np.sum(piece.lengths[: max(held_out_documents - documents, 0)]))
@@ -194,10 +189,10 @@ def write_store(writer: StoreWriter, encoded: Callable[[Position], Iterator[Enco
         empty += piece.empty
 
         if held_out:
-            validation_end = batch.after(tokens_before + held_out)
+            validation_end = batch.with_tokens(tokens_before + held_out)
         while validation.size >= shard_tokens:
             taken = validation.take(shard_tokens)
-            writer.write_shard("validation", taken, batch.after(tokens_before + held_out - validation.size))
+            writer.write_shard("validation", taken, batch.with_tokens(tokens_before + held_out - validation.size))
         tokens_before += len(piece.tokens)
         if documents >= held_out_documents and not writer.manifest["validation"]["complete"]:
             check_validation(writer, validation)
@@ -205,14 +200,14 @@ def write_store(writer: StoreWriter, encoded: Callable[[Position], Iterator[Enco
                 finish_validation(writer, validation, validation_end)
         while train.size >= shard_tokens:
             taken = train.take(shard_tokens)
-            writer.write_shard("train", taken, batch.after(tokens_before - train.size))
+            writer.write_shard("train", taken, batch.with_tokens(tokens_before - train.size))
 
     check_training(writer, train, documents, empty)
-    end = Mark(batch.position, tokens_before, documents, empty)
+    end = TokenPosition(batch.position, tokens_before, documents, empty)
     writer.finish(end, train.take(train.size // block_size * block_size))
 
 
-def finish_validation(writer: StoreWriter, validation: Packer, end: Mark) -> None:
+def finish_validation(writer: StoreWriter, validation: TokenBuffer, end: TokenPosition) -> None:
     tokens = validation.take(validation.size // writer.block_size * writer.block_size)
     writer.manifest["validation"]["complete"] = True
     if len(tokens):
@@ -221,7 +216,8 @@ def finish_validation(writer: StoreWriter, validation: Packer, end: Mark) -> Non
         writer.write_manifest()
 
 
-def check_validation(writer: StoreWriter, validation: Packer) -> None:
+def check_validation(writer: StoreWriter, validation: TokenBuffer) -> None:
+    """Raises `InputError` where the validation documents are shorter than one block."""
     if not writer.shards("validation") and validation.size < writer.block_size:
         raise InputError(
             f"{writer.dataset_name}: the {writer.manifest['validation_documents']} validation documents are "
@@ -230,7 +226,8 @@ def check_validation(writer: StoreWriter, validation: Packer) -> None:
         )
 
 
-def check_training(writer: StoreWriter, train: Packer, documents: int, empty: int) -> None:
+def check_training(writer: StoreWriter, train: TokenBuffer, documents: int, empty: int) -> None:
+    """Raises `InputError` where the whole stream holds no training block."""
     if documents == 0:
         raise InputError(f"{writer.dataset_name}: no document with text in it ({empty} empty ones)")
     held_out = writer.manifest["validation_documents"]

@@ -1,75 +1,57 @@
-"""Servers that fail for a while: what may pass is tried again after growing pauses, and each time it is said."""
+"""Servers that fail for a while: what they failed to give is asked for again after growing pauses."""
 
-import asyncio
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
+
+import httpx2
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from clm_owt.console import print_lines
 from clm_owt.errors import InputError
 
 T = TypeVar("T")
 
+# Seconds before the next attempt.
+LOOKUP_PAUSES = (1, 2, 4)  # the first contact, where a wrong name or a missing network is likelier than a busy server
+READ_PAUSES = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60, 60)  # amid reading: about six minutes in all
 
-# Seconds before reading, and before a first look-up, is tried again.
-PAUSES = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60, 60)
-
-
-LOOKUP_PAUSES = (1, 2, 4)
-
-
-SECONDS_OF_SILENCE = 60.0
+TRANSIENT_STATUSES = (408, 425, 429)  # beside 500 and above
 
 
-# Servers that fail for a while
-
-
-def limit_silence() -> None:
-    """Give the Hub's client a time limit, between two signs of life; it waits for ever by default."""
-    import httpx2
-    import huggingface_hub
-    from huggingface_hub.utils._http import default_client_factory
-
-    def client() -> "httpx2.Client":
-        client = default_client_factory()
-        client.timeout = httpx2.Timeout(SECONDS_OF_SILENCE, connect=min(10.0, SECONDS_OF_SILENCE))
-        return client
-
-    huggingface_hub.set_client_factory(client)
-
-
-def patiently(attempt: Callable[[], T]) -> T:
-    """What `attempt()` gives, which is repeated while it fails for reasons that may pass."""
+def with_retries(attempt: Callable[[], T]) -> T:
+    """What `attempt()` returns; it is called again, after LOOKUP_PAUSES, while it raises a transient `InputError`."""
     pauses = iter(LOOKUP_PAUSES)
     while True:
         try:
             return attempt()
         except InputError as error:
-            wait_for_better(error, pauses)
+            pause_or_raise(error, pauses)
 
 
-def wait_for_better(error: InputError, pauses: Iterator[float]) -> None:
-    """Say what went wrong and wait for the next of `pauses`; raises the error if it will not pass, or none is left."""
-    pause = next(pauses, None) if may_pass(error) else None
+def pause_or_raise(error: InputError, pauses: Iterator[float]) -> None:
+    """Print the error and sleep for the next of `pauses`; raises it if it is not transient or no pause is left."""
+    pause = next(pauses, None) if is_transient(error) else None
     if pause is None:
         raise error
     print_lines(f"{str(error).splitlines()[0]}; trying again in {pause:g} s")
     time.sleep(pause)
 
 
-def may_pass(error: BaseException) -> bool:
-    """Whether it came of a connection or of a server in trouble, rather than of the request or of the data."""
-    import httpx2
-    from huggingface_hub.errors import OfflineModeIsEnabled
+def is_transient(error: BaseException) -> bool:
+    """Whether the error was caused by a connection or an overloaded server, rather than by the request or the data.
 
-    seen = []
-    while error is not None and error not in seen:
-        seen.append(error)
+    Follows the chain of causes to the first one with an HTTP status, which decides; without one, whether any of them
+    is a lost connection does.
+    """
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
         status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status", None))
         if isinstance(status, int):
-            return status >= 500 or status in (408, 425, 429)
+            return status >= 500 or status in TRANSIENT_STATUSES
         if isinstance(error, OfflineModeIsEnabled):
             return False
         error = error.__cause__ or error.__context__
-    lost = (ConnectionError, TimeoutError, asyncio.TimeoutError, httpx2.TransportError)
-    return any(isinstance(e, lost) or type(e).__module__.startswith("aiohttp") for e in seen)
+    lost = (ConnectionError, TimeoutError, httpx2.TransportError)
+    return any(isinstance(e, lost) or type(e).__module__.startswith("aiohttp") for e in chain)

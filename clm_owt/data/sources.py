@@ -1,32 +1,29 @@
-"""A stream of documents: the Hub, local files or URLs, the built-in corpus.
-
-`resolve_source` says which documents a recipe means, exactly: everything their content depends on.
-`read_documents` streams them in their fixed order and can go on from any batch. No remote code is ever run.
-Every failure is an `InputError` that names the dataset or file, the column or row, and what was there instead.
+"""Which documents a recipe means, exactly: a dataset on the Hub at one commit, local files or URLs with the digest of
+their content, or the built-in corpus at the versions of its packages. `documents` reads them.
 """
 
-import functools
 import glob
 import hashlib
 import json
+import os
 import re
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
 
-from clm_owt.data.python_docs import PYTHON_DOCS_PACKAGES
-from clm_owt.data.retries import patiently
+from clm_owt.data import python_docs
+from clm_owt.data.retries import with_retries
 from clm_owt.errors import InputError, one_line
-from clm_owt.recipe import FILE_FORMATS, PYTHON_DOCS, Recipe
+from clm_owt.files import replacing
+from clm_owt.recipe import FILE_FORMATS, PYTHON_DOCS, Recipe, is_url
 
-T = TypeVar("T")
+LOOKUP_SECONDS = 30  # after which the Hub's answer about a dataset is not waited for any longer
 
 
 @dataclass(frozen=True)
 class Source:
-    """Which documents, in which order: all that the content of a token store depends on, before tokens.
+    """Which documents, in which order: all that the content of a token store depends on beside tokens and blocks.
 
     `files` pairs a path or URL with the digest of its content; `packages` a name with its version.
     """
@@ -42,7 +39,7 @@ class Source:
     text_column: str = "text"
 
     def identity(self) -> dict:
-        """What the content depends on: the digests of files but not where they lie, the commit but not its name."""
+        """What the content depends on: the digests of files but not their paths, the commit but not its name."""
         identity = asdict(self) | {"files": [digest for _, digest in self.files]}
         del identity["revision"]
         return identity
@@ -63,38 +60,33 @@ class Source:
 def resolve_source(recipe: Recipe) -> Source:
     """The exact source that `recipe` means.
 
-    A branch or tag on the Hub is looked up once and then remembered in `data_cache_dir`, as are the digests of
-    downloaded URLs, from the moment a token store is begun with them: an interrupted run continues with the same
-    data, and a complete store needs no connection. A full commit hash needs no look-up at all.
+    What a branch or tag on the Hub or a URL stands for is looked up once and remembered in `data_cache_dir` (see
+    `remember_refs`) from the moment a token store is begun with it: an interrupted run continues with the same data,
+    and a complete store needs no connection. A full commit hash needs no look-up at all.
     Raises `InputError` for missing files, unknown datasets or revisions, and an unreachable Hub.
     """
     name = recipe.dataset_name
     if name == PYTHON_DOCS:
-        versions = [(package, metadata.version(package)) for package in PYTHON_DOCS_PACKAGES]
+        versions = [(package, metadata.version(package)) for package in python_docs.PACKAGES]
         return Source(name, packages=(("python", sys.version.split()[0]), *versions))
     if name in FILE_FORMATS:
-        files = tuple(
-            (file, patiently(functools.partial(file_digest, file, recipe)))
-            for file in expand_files(recipe.data_files or ())
-        )
-        return Source(name, split="train", files=files, text_column=recipe.text_column)
+        paths = expand_files(recipe.data_files or ())
+        digests = [with_retries(lambda path=path: file_digest(path, recipe)) for path in paths]
+        return Source(name, files=tuple(zip(paths, digests, strict=True)), text_column=recipe.text_column)
     return Source(
         name,
         config_name=recipe.dataset_config_name,
         split=recipe.dataset_split,
         revision=recipe.dataset_revision,
-        commit=patiently(lambda: resolve_commit(recipe)),
+        commit=with_retries(lambda: resolve_commit(recipe)),
         data_files=tuple(recipe.data_files) if recipe.data_files else None,
         text_column=recipe.text_column,
     )
 
 
-def is_url(path: str) -> bool:
-    return "://" in path
-
-
 def expand_files(patterns: tuple[str, ...]) -> list[str]:
-    """Absolute paths (sorted within a glob) and URLs, in the order of the patterns; no file twice."""
+    """Absolute paths (sorted within a glob) and URLs, in the order of the patterns; no file twice. Raises
+    `InputError` for a pattern that matches no file."""
     files = []
     for pattern in patterns:
         if is_url(pattern):
@@ -110,17 +102,16 @@ def expand_files(patterns: tuple[str, ...]) -> list[str]:
 
 
 def file_digest(file: str, recipe: Recipe) -> str:
-    """SHA-256 of a file's content, or of what a URL gives; a URL that a store was begun with is not asked again."""
-    if is_url(file):
-        known = recall(recipe, url=file)
-        if known is not None:
-            return known
+    """SHA-256 of the content of a file or URL; the remembered one for a URL that a store was begun with."""
+    if is_url(file) and (known := remembered_ref(recipe, url=file)) is not None:
+        return known
     with open(local_path(file), "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def local_path(file: str) -> str:
-    """The path itself, or the downloaded copy of a URL in the Hugging Face cache."""
+    """The path itself, or for a URL the path of its copy in the Hugging Face cache, downloaded if need be. Raises
+    `InputError` for a URL that cannot be downloaded."""
     if not is_url(file):
         return file
     from datasets import DownloadConfig, DownloadManager
@@ -132,19 +123,19 @@ def local_path(file: str) -> str:
 
 
 def resolve_commit(recipe: Recipe) -> str:
-    """The commit that `dataset_revision` (default: the main branch) means."""
+    """The commit that `dataset_revision` (default: the main branch) means; the remembered one where a store was begun
+    with it. Raises `InputError` for an unknown or forbidden dataset or revision, or where the Hub does not answer."""
     name, revision = recipe.dataset_name, recipe.dataset_revision
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
-    known = recall(recipe, dataset=name, revision=revision)
-    if known is not None:
+    if (known := remembered_ref(recipe, dataset=name, revision=revision)) is not None:
         return known
 
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return HfApi().dataset_info(name, revision=revision, timeout=30).sha
+        return HfApi().dataset_info(name, revision=revision, timeout=LOOKUP_SECONDS).sha
     except GatedRepoError as error:
         raise InputError(
             f"dataset_name: {name} is gated; accept its terms on the Hub and log in (hf auth login)"
@@ -155,7 +146,7 @@ def resolve_commit(recipe: Recipe) -> str:
         ) from error
     except RevisionNotFoundError as error:
         raise InputError(f"dataset_revision: {name} has no branch, tag or commit {revision!r}") from error
-    except Exception as error:  # the HTTP client's own kinds: no route, no name, timeout, 5xx
+    except Exception as error:  # the HTTP client has its own classes for no route, no name, timeout, 5xx
         raise InputError(
             f"dataset_name: the Hub cannot be asked about {name!r} ({one_line(error)})\n"
             "without a connection, use a complete token store (same data_cache_dir), local files, or "
@@ -163,27 +154,25 @@ def resolve_commit(recipe: Recipe) -> str:
         ) from error
 
 
-# What a name meant when a store was begun with it: one small file a name, in `data_cache_dir`/refs.
-
-
-def ref_file(cache: Path, **named: str | None) -> Path:
-    return cache / "refs" / (hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16] + ".json")
-
-
-def recall(recipe: Recipe, **named: str | None) -> str | None:
-    file = ref_file(Path(recipe.data_cache_dir).expanduser(), **named)
-    return json.loads(file.read_text())["meant"] if file.is_file() else None
-
-
 def remember_refs(source: Source, cache: Path) -> None:
-    """Write down what the names in `source` meant; kept from then on (delete the file to ask again)."""
+    """Write down, in `cache`/refs, what the branch, tag and URLs of `source` stand for: one small file for each, which
+    is never changed. (Who deletes it has the Hub or the URL asked again.)"""
     refs = [({"url": file}, digest) for file, digest in source.files if is_url(file)]
     if source.commit is not None and source.commit != source.revision:
         refs.append(({"dataset": source.dataset_name, "revision": source.revision}, source.commit))
-    for named, meant in refs:
-        file = ref_file(cache, **named)
+    for ref, meant in refs:
+        file = ref_file(cache, **ref)
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            aside = file.with_suffix(".partial")
-            aside.write_text(json.dumps(named | {"meant": meant}))
-            aside.rename(file)
+            with replacing(file, suffix=f".{os.getpid()}.partial") as aside:
+                aside.write_text(json.dumps(ref | {"meant": meant}))
+
+
+def remembered_ref(recipe: Recipe, **ref: str | None) -> str | None:
+    """What `ref` stood for when a store was begun with it; None if none was."""
+    file = ref_file(Path(recipe.data_cache_dir).expanduser(), **ref)
+    return json.loads(file.read_text())["meant"] if file.is_file() else None
+
+
+def ref_file(cache: Path, **ref: str | None) -> Path:
+    return cache / "refs" / (hashlib.sha256(json.dumps(ref, sort_keys=True).encode()).hexdigest()[:16] + ".json")

@@ -1,4 +1,4 @@
-"""A stream of documents packed into blocks, in shards on disk: written once, resumable, checked.
+"""A stream of documents packed into blocks, in shards on disk, as a run reads it. `packing` writes it.
 
 A store is a folder of Arrow files and `manifest.json`. Each document's ids are followed by one end-of-text id;
 documents lie end to end, across shard boundaries too, cut into blocks of `block_size`; only the last incomplete
@@ -8,8 +8,6 @@ training split. To look into one:
     from datasets import Dataset
     shard = Dataset.from_file(f"{folder}/train-00000.arrow")
     tokenizer.decode(shard[0]["input_ids"])
-
-Training only looks at these files; `packing.py` writes them.
 """
 
 import functools
@@ -23,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from clm_owt.data.encoding import TokenizerFolder, tokenizer_folder
 from clm_owt.data.sources import Source
+from clm_owt.data.tokenizer_files import TokenizerFolder, tokenizer_folder
 from clm_owt.errors import InputError
 from clm_owt.recipe import Recipe
 
@@ -34,20 +32,32 @@ SPLITS = ("validation", "train")
 COLUMN = "input_ids"
 POLL_SECONDS = 0.1
 
+# Called over and over during a wait, with what is waited for; whatever it raises ends the wait.
 Check = Callable[[str], None]
 
 
 def store_folder(recipe: Recipe, source: Source, tokenizer: TokenizerFolder) -> Path:
-    """One folder per digest of everything the content depends on."""
-    depends_on = source.identity() | {
-        "tokenizer": tokenizer.sha256,
-        "block_size": recipe.block_size,
-        "validation_documents": recipe.validation_documents,
-        "format": FORMAT_VERSION,
-    }
-    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+    """The folder of the recipe's token store: one for each digest of everything that the content depends on."""
+    identity = store_identity(source, tokenizer.sha256, recipe.block_size, recipe.validation_documents)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     name = re.sub(r"[^\w.-]+", "--", source.dataset_name)
     return Path(recipe.data_cache_dir).expanduser() / "stores" / f"{name}-{digest}"
+
+
+def store_identity(
+    source: Source,
+    tokenizer_sha256: str,
+    block_size: int,
+    validation_documents: int,
+    format_version: int = FORMAT_VERSION,
+) -> dict:
+    """Everything that the content of a token store depends on."""
+    return source.identity() | {
+        "tokenizer": tokenizer_sha256,
+        "block_size": block_size,
+        "validation_documents": validation_documents,
+        "format": format_version,
+    }
 
 
 def shard_name(split: str, index: int) -> str:
@@ -55,7 +65,7 @@ def shard_name(split: str, index: int) -> str:
 
 
 def checksum(file: Path) -> str:
-    """xxh3_128 of the content: 16 MB in about 2 ms once read, so that reading stays the cost."""
+    """xxh3_128 of a file's content, as hexadecimal digits: 16 MB in about 2 ms, less than reading them takes."""
     digest = xxhash.xxh3_128()
     with open(file, "rb") as content:
         while chunk := content.read(1 << 20):
@@ -64,6 +74,7 @@ def checksum(file: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict | None:
+    """The manifest of the store in `folder`, None where there is none. Raises `InputError` for one that is damaged."""
     file = folder / "manifest.json"
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -123,7 +134,7 @@ class Split:
 class TokenStore:
     """A recipe's token store, as training sees it: looks at files only, so every rank may wait on its own.
 
-    Waits call `check(what)` some ten times a second, with what is waited for; raise from it to leave the wait.
+    Waits call `check(what)` ten times a second, with what is waited for; an exception that it raises ends the wait.
     """
 
     def __init__(self, recipe: Recipe, source: Source):
@@ -136,10 +147,8 @@ class TokenStore:
         self.validation = Split(self, "validation")
         self.train = Split(self, "train")
 
-    # looking
-
     def find(self) -> bool:
-        """Whether the tokenizer is there, and with it the place of the store known."""
+        """Whether the tokenizer is there, on which the store's folder depends."""
         folder = tokenizer_folder(self.recipe, self.source)
         if self.folder is None and (folder / "tokenizer.json").is_file():
             self.tokenizer = TokenizerFolder(folder)
@@ -147,23 +156,24 @@ class TokenStore:
         return self.folder is not None
 
     def refresh(self) -> None:
-        """Take in what the builder has published since."""
+        """Read the manifest again, unless it is known to be complete."""
         if self.find() and not (self.manifest and self.manifest["complete"]):
             self.manifest = read_manifest(self.folder) or self.manifest
 
-    def is_whole(self) -> bool:
-        """Complete, with every file there in its full size (contents are verified when a shard is first opened)."""
-        self.refresh()
-        return bool(self.manifest) and self.manifest["complete"] and whole_shards(self.folder, self.manifest) is None
-
     @property
     def complete(self) -> bool:
+        """Whether all of the source is in the store, as the manifest says."""
         self.refresh()
         return bool(self.manifest) and self.manifest["complete"]
 
+    def is_complete_on_disk(self) -> bool:
+        """Whether it is complete and every shard is there in its full size. (Contents are verified when a shard is
+        first opened.)"""
+        return self.complete and find_damaged_shard(self.folder, self.manifest) is None
+
     @property
     def train_blocks(self) -> int | None:
-        """Training blocks, once all are there."""
+        """The number of training blocks; None until all are there."""
         return len(self.train) if self.complete else None
 
     @property
@@ -183,9 +193,17 @@ class TokenStore:
         self.refresh()
         return {"validation": len(self.validation) * self.block_size, "train": len(self.train) * self.block_size}
 
-    # waiting
+    def counts(self) -> dict[str, int | None]:
+        """Documents and blocks of both splits; None where they are not all there yet."""
+        return {
+            "train_documents": self.documents["train"] if self.complete else None,
+            "validation_documents": self.documents["validation"],
+            "train_blocks": self.train_blocks,
+            "validation_blocks": len(self.validation),
+        }
 
     def wait(self, there: Callable[[], bool], what: str, check: Check) -> None:
+        """Until `there()`, looking at the files anew every POLL_SECONDS."""
         self.refresh()
         while not there():
             check(what)
@@ -193,12 +211,21 @@ class TokenStore:
             self.refresh()
 
     def wait_for_tokenizer(self, check: Check) -> Path:
-        """The folder of the tokenizer, once it is there."""
+        """Until the tokenizer is there; gives its folder."""
         self.wait(self.find, "the tokenizer", check)
         return self.tokenizer.folder
 
     def wait_for_validation(self, check: Check) -> None:
         self.wait(lambda: self.manifest and self.manifest["validation"]["complete"], "the validation blocks", check)
+
+    def wait_for_first_step(self, check: Check, say: Callable[[str], None]) -> None:
+        """Until the plan can be made and the first step be taken: the validation blocks and those of a batch are
+        there, or all blocks, where the number of steps depends on how many there are."""
+        self.wait_for_validation(check)
+        if self.recipe.total_steps() is None:
+            say("The number of steps depends on the number of blocks: reading all of the data first.")
+            self.wait_complete(check)
+        self.wait_for_rows(self.recipe.effective_batch_size, check)
 
     def wait_for_rows(self, rows: int, check: Check) -> None:
         """Until there are `rows` training blocks, or the store is complete."""
@@ -213,8 +240,8 @@ class TokenStore:
         self.wait(lambda: self.complete, "the whole token store", check)
 
 
-def whole_shards(folder: Path, manifest: dict) -> tuple[str, int] | None:
-    """None where every listed shard is there in its full size; else (split, index) of the first that is not."""
+def find_damaged_shard(folder: Path, manifest: dict) -> tuple[str, int] | None:
+    """(split, index) of the first listed shard that is missing or not of its full size; None if there is none."""
     for split in SPLITS:
         for index, shard in enumerate(manifest[split]["shards"]):
             file = folder / shard_name(split, index)

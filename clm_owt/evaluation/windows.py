@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from clm_owt.data.builder import Builder
-from clm_owt.data.encoding import load_tokenizer
 from clm_owt.data.sources import resolve_source
 from clm_owt.data.token_store import TokenStore
+from clm_owt.data.tokenizer_files import load_tokenizer
 from clm_owt.errors import InputError
 from clm_owt.model.losses import IGNORE_INDEX
 from clm_owt.model.perplexity import Perplexity
@@ -22,9 +22,10 @@ Window = tuple[np.ndarray, int]
 
 
 def cut_windows(ids: np.ndarray, context: int, stride: int | None) -> Iterator[Window]:
-    """Windows of `context` tokens, each beginning `stride` tokens after the one before, so that every token but the
-    first is predicted once, from at least `context` - `stride` tokens before it. Without a stride they lie end to end,
-    as training blocks do: the first token of each is context only."""
+    """Windows of `context` tokens of a text's ids [length], each beginning `stride` tokens after the one before, so
+    that every token but the first is predicted once, from at least `context` - `stride` tokens before it. Without a
+    stride they lie end to end, as training blocks do: the first token of each is context only. Raises InputError for a
+    stride that is not smaller than the context."""
     if stride is not None and stride >= context:
         raise InputError(f"--stride: {stride} leaves no context in windows of {context} tokens; expected less")
     predicted_to = 1  # ids[:predicted_to] need no prediction any more
@@ -42,7 +43,8 @@ def cut_windows(ids: np.ndarray, context: int, stride: int | None) -> Iterator[W
 def text_windows(
     files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, context: int, stride: int | None
 ) -> list[Window]:
-    """Of text files, each a document, followed by the end-of-text token as in training."""
+    """Windows of text files, each a document, followed by the end-of-text token as in training. Raises InputError for
+    files that cannot be read as UTF-8, and for an empty text."""
     pieces = []
     for file in files:
         try:
@@ -60,8 +62,9 @@ def text_windows(
 def recipe_windows(
     recipe_file: str, tokenizer: PreTrainedTokenizerBase, context: int, stride: int | None
 ) -> list[Window]:
-    """Of the recipe's validation set: without a stride its very blocks, so that the loss is the one of the run. Where
-    its token store is not there yet, it is built as far as needed."""
+    """Windows of a recipe's validation set: without a stride its very blocks, so that the loss is the one of the run.
+    Where its token store is not there yet, it is built as far as needed. Raises InputError where the model's context
+    is too short or its vocabulary another, and for a recipe or data that cannot be read."""
     recipe = load_recipe(["--recipe", recipe_file])
     if recipe.block_size > context:
         raise InputError(f"{recipe_file}: block_size {recipe.block_size} is more than the model's context {context}")
@@ -80,13 +83,14 @@ def recipe_windows(
 
 @torch.no_grad()
 def evaluate_windows(model: PreTrainedModel, windows: Iterable[Window], batch_size: int) -> dict[str, float]:
-    """`loss` in nats, `perplexity`, and `n_tokens`, the number of predicted tokens, each of which weighs the same."""
+    """`loss` in nats a token and `perplexity` of the model on the windows, and `n_tokens`, the number of predicted
+    tokens, each of which has the same weight. `batch_size` windows are computed at a time."""
     metric = Perplexity()
     windows = list(windows)
     for i in range(0, len(windows), batch_size):
         batch = windows[i : i + batch_size]
         longest = max(len(ids) for ids, _ in batch)
-        input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)  # what follows a shorter one changes nothing
+        input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)  # filled up behind: causal attention hides it
         labels = torch.full((len(batch), longest), IGNORE_INDEX)
         for row, (ids, new) in enumerate(batch):
             input_ids[row, : len(ids)] = torch.from_numpy(ids)

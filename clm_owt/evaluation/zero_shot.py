@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from clm_owt.errors import InputError
+from clm_owt.formatting import text_table
 
 # GPT-2 small (124 M), by task and metric as lm-evaluation-harness names them: what OpenAI published, and what others
 # measured of OpenAI's weights with this harness. The two differ because OpenAI prepared LAMBADA and WikiText-2 in its
@@ -31,7 +32,8 @@ def evaluate_tasks(
     batch_size: int,
     limit: int | None,
 ) -> dict[str, dict[str, float]]:
-    """The metrics of each task. `task_folder` holds task definitions of one's own (YAML), which may read local data.
+    """The metrics of each task, by its name and theirs. `task_folder` holds further task definitions (YAML), which may
+    read local data; `limit` is how many examples of each task are taken (None: all).
 
     Raises InputError for a task that is unknown, data that cannot be had, and a missing lm_eval."""
     try:
@@ -61,18 +63,16 @@ def evaluate_tasks(
 
 
 def is_metric(name: str, value: object) -> bool:
+    """Whether an entry of lm-evaluation-harness's results is a metric, and not its error or its name."""
     return isinstance(value, float) and "stderr" not in name
 
 
-def describe(results: dict[str, dict[str, float]]) -> list[str]:
+def results_table(results: dict[str, dict[str, float]]) -> str:
     """A line for each metric, with the published figures of GPT-2 small beside it where there are any."""
-    lines = [f"{'task':<18} {'metric':<18} {'here':>10} {'GPT-2 paper':>12} {'GPT-2 in lm-eval':>17}"]
+    rows = []
     for task, metrics in results.items():
         for name, value in metrics.items():
-            paper, harness = (show(figure) for figure in PUBLISHED.get((task, name), (None, None)))
-            lines.append(f"{task:<18} {name:<18} {value:>10.4f} {paper:>12} {harness:>17}")
-    return lines
-
-
-def show(figure: float | None) -> str:
-    return "-" if figure is None else f"{figure:g}"
+            published = PUBLISHED.get((task, name), (None, None))
+            figures = ("-" if figure is None else f"{figure:g}" for figure in published)
+            rows.append([task, name, f"{value:.4f}", *figures])
+    return text_table(["task", "metric", "here", "GPT-2 paper", "GPT-2 in lm-eval"], rows)

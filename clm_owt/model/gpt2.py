@@ -3,8 +3,8 @@
 What is saved is an ordinary `GPT2LMHeadModel`, whatever was done to train it fast.
 """
 
+import functools
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.utils import ModelOutput
 
 from clm_owt.errors import InputError
 from clm_owt.model.losses import IGNORE_INDEX, fused_linear_loss
@@ -23,17 +22,6 @@ from clm_owt.recipe import Recipe
 # differ by 5e-7.
 TRAINING_ACTIVATION = "gelu_pytorch_tanh"
 EXPORTED_ACTIVATION = "gelu_new"
-
-
-@dataclass
-class PretrainingOutput(ModelOutput):
-    """0-d tensors, see `LossOutput`. There are no logits."""
-
-    loss: Tensor | None = None
-    ce_loss: Tensor | None = None
-    penalty: Tensor | None = None
-    max_prob: Tensor | None = None
-    entropy: Tensor | None = None
 
 
 class GPT2ForPretraining(GPT2LMHeadModel):
@@ -50,7 +38,7 @@ class GPT2ForPretraining(GPT2LMHeadModel):
         self.penalty_type = "non_max_sum"
         self.penalty_weight = 0.0
         self.penalty_top_k = 5
-        self.compiled_loss = False
+        self.linear_loss = fused_linear_loss  # `compile_blocks` and `memory_trace` hand in variants of it
 
     def forward(
         self,
@@ -60,7 +48,7 @@ class GPT2ForPretraining(GPT2LMHeadModel):
         **kwargs,
     ):
         """With labels [m, T] (usually the input_ids; -100 is ignored): the loss of predicting token t + 1 from those
-        up to t, T - 1 positions a row, as `PretrainingOutput`. Sums are divided by `num_items_in_batch` (an int or a
+        up to t, T - 1 positions a row, as `LossStatistics`. Sums are divided by `num_items_in_batch` (an int or a
         0-d tensor; default: the targets of this call), so that the micro-batches and processes of one step add up.
         Without labels: the parent's output, with logits [m, T, vocab_size]."""
         vocab_size = self.config.vocab_size
@@ -77,7 +65,7 @@ class GPT2ForPretraining(GPT2LMHeadModel):
         targets = labels[:, 1:].reshape(-1)
         if num_items_in_batch is None:
             num_items_in_batch = (targets != IGNORE_INDEX).sum()
-        loss = fused_linear_loss(
+        return self.linear_loss(
             hidden,
             weight,
             targets,
@@ -86,9 +74,7 @@ class GPT2ForPretraining(GPT2LMHeadModel):
             penalty_weight=self.penalty_weight,
             penalty_top_k=self.penalty_top_k,
             vocab_size=vocab_size,
-            compiled=self.compiled_loss,
         )
-        return PretrainingOutput(**loss._asdict())
 
     def _hidden_states(self, input_ids: Tensor) -> Tensor:
         """The last hidden states [m, T, D] of blocks without padding: `GPT2Model.forward` without caches and masks.
@@ -151,19 +137,21 @@ def model_config(recipe: Recipe, vocab_size: int, eos_token_id: int) -> GPT2Conf
     )
 
 
-def build_model(recipe: Recipe, vocab_size: int, eos_token_id: int) -> GPT2ForPretraining:
+def build_model(recipe: Recipe, vocab_size: int, eos_token_id: int, check_weights: bool = True) -> GPT2ForPretraining:
     """The recipe's model on CPU, in float32, with tied embeddings.
 
     New weights are drawn from `recipe.seed` without touching the global random state, and before the vocabulary is
     padded, so that they are the same on every machine. Raises InputError where `init_from` is not a GPT-2 of the
-    recipe's shape, RuntimeError where transformers did not initialise the weights as GPT-2's are.
+    recipe's shape, RuntimeError where transformers did not initialise the weights as GPT-2's are (looked at with
+    `check_weights`; tensors without data have nothing to look at).
     """
     config = model_config(recipe, vocab_size, eos_token_id)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(recipe.seed)
         if recipe.init_from is None:
             model = GPT2ForPretraining(config)
-            check_initialisation(model)
+            if check_weights:
+                check_initialisation(model)
         else:
             model = _load(recipe.init_from, config)
     model.penalty_type = recipe.penalty_type
@@ -184,7 +172,7 @@ def compile_blocks(model: GPT2ForPretraining, torch_compile: bool | Literal["aut
     if torch_compile is True or (torch_compile == "auto" and device.type == "cuda"):
         for block in model.transformer.h:
             block.compile()
-        model.compiled_loss = True
+        model.linear_loss = functools.partial(fused_linear_loss, compiled=True)
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ What exists serves less: the loss of torch 2.13's `F.linear_cross_entropy` is wr
 import contextlib
 import functools
 import math
-import sys
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clm_owt.batch import IGNORE_INDEX
+from clm_owt.batch import IGNORE_INDEX, loss_chunk_rows, softmax_rows
 from clm_owt.recipe import PENALTY_TYPES
 
 
@@ -36,16 +35,22 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 709 else math.inf
 
 
-class LossOutput(NamedTuple):
-    """Sums over the positions that are not ignored, divided by `num_items`: 0-d tensors on the device, float32 (or
-    float64 for float64 inputs). `loss` = ce_loss + penalty_weight * penalty, the only one with a gradient; `max_prob`
-    is the probability of the likeliest token; `entropy` is in nats."""
+class LossStatistics(NamedTuple):
+    """The statistics of a loss, from its kernel to the rows of metrics.jsonl.
 
-    loss: Tensor
-    ce_loss: Tensor
-    penalty: Tensor
-    max_prob: Tensor
-    entropy: Tensor
+    Where the loss is computed they are 0-d tensors on the device, float32 (float64 for float64 inputs): sums over the
+    positions that are not ignored, divided by `num_items`, so that those of micro-batches and processes add up. `loss`
+    is ce_loss + penalty_weight * penalty, the only one with a gradient; `max_prob` the probability of the likeliest
+    token; `entropy` is in nats. In a row they are the floats that these sums come to: means over all tokens.
+
+    To add one: its formula in `_softmax_block` and `reference_linear_loss`, in this order, and its name here.
+    """
+
+    loss: Tensor | float
+    ce_loss: Tensor | float
+    penalty: Tensor | float
+    max_prob: Tensor | float
+    entropy: Tensor | float
 
 
 # A graph break under torch.compile: the time is in the matrix products, which are library calls either way.
@@ -61,18 +66,20 @@ def fused_linear_loss(
     penalty_top_k: int = 5,
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
+    block_rows: int | None = None,
     compiled: bool = False,
-) -> LossOutput:
+) -> LossStatistics:
     """Cross-entropy plus `penalty_weight` times the sharpness penalty of softmax(hidden @ weight.T).
 
     hidden [N, D] and weight [V, D] floating, targets [N] int64, -100 where a position does not count. Under autocast
     the matrix products are in its dtype; softmax, sums and the accumulation of the weight's gradient stay in float32.
     `num_items`, an int or a 0-d tensor, is what sums are divided by: with the number of targets of the whole step,
     micro-batches and processes simply add up. Rows of `weight` from `vocab_size` on are padding: in no softmax, and
-    with a gradient of zero. `chunk_rows` is how many rows of logits exist at a time. `compiled`: the softmax and all
-    that is made of it become one kernel of torch.compile, where they are else a dozen passes over the chunk. Where no
-    gradient is wanted (no_grad, or nothing requires one) only the first of the three products is done. Raises
-    ValueError for an unknown penalty type or a k below 1.
+    with a gradient of zero. `chunk_rows` is how many rows of logits exist at a time, `block_rows` how many of them
+    pass through the softmax together (default: what suits the device). `compiled`: the softmax and all that is made of
+    it become one kernel of torch.compile, where they are else a dozen passes over the chunk. Where no gradient is
+    wanted (no_grad, or nothing requires one) only the first of the three products is done. Raises ValueError for an
+    unknown penalty type or a k below 1.
     """
     penalty = _penalty(penalty_type, penalty_weight, penalty_top_k)
     device_type = hidden.device.type
@@ -83,14 +90,14 @@ def fused_linear_loss(
     # An int stays a Python number: a tensor of it would have to be copied to the device, which waits for the copy.
     scale = 1 / (num_items.to(_statistics_dtype(dtype)) if isinstance(num_items, Tensor) else num_items)
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
-    chunk_rows = chunk_rows or default_chunk_rows(vocab_size, hidden.device)
+    chunk_rows = chunk_rows or loss_chunk_rows(vocab_size, device_type, _device_memory(hidden.device))
+    block_rows = block_rows or softmax_rows(vocab_size, device_type)
     softmax_block = _compiled_softmax_block() if compiled else _softmax_block
-    arguments = (hidden, weight, targets, scale, penalty, vocab_size, chunk_rows, dtype, softmax_block)
+    arguments = (hidden, weight, targets, scale, penalty, vocab_size, chunk_rows, block_rows, dtype, softmax_block)
     with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-            return LossOutput(*_FusedLinearLoss.apply(*arguments))
-        statistics, _, _ = _loss_and_gradients(*arguments, want_hidden=False, want_weight=False)
-        return LossOutput(*statistics)
+            return LossStatistics(*_FusedLinearLoss.apply(*arguments))
+        return _loss_and_gradients(*arguments, want_hidden=False, want_weight=False)[0]
 
 
 def reference_linear_loss(
@@ -103,7 +110,7 @@ def reference_linear_loss(
     penalty_weight: float = 0.0,
     penalty_top_k: int = 5,
     vocab_size: int | None = None,
-) -> LossOutput:
+) -> LossStatistics:
     """What `fused_linear_loss` computes, written down plainly: all logits at once, gradients by autograd."""
     penalty = _penalty(penalty_type, penalty_weight, penalty_top_k)
     logits = F.linear(hidden, weight)[:, :vocab_size]
@@ -120,11 +127,11 @@ def reference_linear_loss(
         "top_k_mass": lambda: 1 - p.gather(1, logits.topk(min(penalty.top_k, logits.shape[1])).indices).sum(-1),
     }[penalty.type]()
     ce_loss = -log_p.gather(1, torch.where(valid, targets, 0)[:, None]).squeeze(1)
-    ce_loss, sharpness, max_prob, entropy = (
+    ce_loss, sharpness, *others = (
         torch.where(valid, rows, 0).sum() / num_items for rows in (ce_loss, sharpness, max_prob, entropy)
     )
     loss = ce_loss + penalty.weight * sharpness
-    return LossOutput(loss, ce_loss.detach(), sharpness.detach(), max_prob.detach(), entropy.detach())
+    return LossStatistics(loss, *(value.detach() for value in (ce_loss, sharpness, *others)))
 
 
 class _Penalty(NamedTuple):
@@ -160,13 +167,25 @@ class _FusedLinearLoss(torch.autograd.Function):
         # device, and the product is some 0.1 ms.
         unchanged = grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
         grads = [g if g is None or unchanged else (g * grad_loss).to(g.dtype) for g in ctx.saved_tensors]
-        return *grads, *[None] * 7
+        return *grads, *[None] * 8
 
 
 def _loss_and_gradients(
-    hidden, weight, targets, scale, penalty, vocab_size, chunk_rows, dtype, softmax_block, *, want_hidden, want_weight
+    hidden,
+    weight,
+    targets,
+    scale,
+    penalty,
+    vocab_size,
+    chunk_rows,
+    block_rows,
+    dtype,
+    softmax_block,
+    *,
+    want_hidden,
+    want_weight,
 ):
-    """Statistics [5] as in LossOutput, and the gradients of the loss by hidden and weight where wanted, else None."""
+    """The statistics, and the gradients of the loss by hidden and weight where wanted, else None."""
     device, exact = hidden.device, _statistics_dtype(dtype)
     N, D = hidden.shape
     # Chunks of about one size: a short last one would read and write the whole weight for little.
@@ -177,7 +196,7 @@ def _loss_and_gradients(
     logits_buffer = torch.empty(chunk_rows, stride, dtype=exact, device=device)[:, :vocab_size]
     rounded = dtype != exact
     rounded_buffer = torch.empty(chunk_rows, stride, dtype=dtype, device=device)[:, :vocab_size] if rounded else None
-    block_rows = min(chunk_rows, _block_rows(vocab_size, device))
+    block_rows = min(chunk_rows, block_rows)
     exp_buffer = torch.empty(block_rows, vocab_size, dtype=exact, device=device)
 
     inputs, kernel = hidden.to(dtype), weight[:vocab_size].to(dtype)
@@ -187,7 +206,7 @@ def _loss_and_gradients(
     scale_after = dtype == torch.float16
     row_scale = valid.to(exact).unsqueeze(1) * (1.0 if scale_after else scale)
 
-    rows = torch.empty(4, N, dtype=exact, device=device)
+    rows = torch.empty(len(LossStatistics._fields) - 1, N, dtype=exact, device=device)  # all but the loss
     grad_hidden = torch.empty(N, D, dtype=exact, device=device) if want_hidden else None
     grad_weight = torch.empty(weight.shape, dtype=exact, device=device) if want_weight else None
     if want_weight:
@@ -213,18 +232,17 @@ def _loss_and_gradients(
 
     if scale_after:
         grad_hidden, grad_weight = (g if g is None else g.mul_(scale) for g in (grad_hidden, grad_weight))
-    ce_loss, sharpness, max_prob, entropy = torch.where(valid, rows, 0).sum(1) * scale
-    statistics = (ce_loss + penalty.weight * sharpness, ce_loss, sharpness, max_prob, entropy)
+    ce_loss, sharpness, *others = torch.where(valid, rows, 0).sum(1) * scale
     return (
-        statistics,
+        LossStatistics(ce_loss + penalty.weight * sharpness, ce_loss, sharpness, *others),
         grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype),
         grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
     )
 
 
 def _softmax_block(z, e, target, scale, penalty, want_gradient):
-    """Cross-entropy, penalty, max-probability and entropy [4, r] of logits z [r, V], which become, where wanted, the
-    gradient times scale [r, 1]. e [r, V] is work space, target [r, 1].
+    """LossStatistics without the loss [4, r] of logits z [r, V], which become, where wanted, the gradient times scale
+    [r, 1]. e [r, V] is work space, target [r, 1].
 
     Written so that nothing cancels when a softmax saturates: with s = z - z_m the sum over all but the k largest is
     taken by itself, and 1 - p_m, 1 - S and the gradient at m are built from it and not as differences from 1.
@@ -281,22 +299,8 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, beta: int = 0) -> None:
         out.add_(product) if beta else out.copy_(product)
 
 
-def default_chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """Rows of a chunk of logits. Each chunk reads the weight twice and its gradient once, and writes that: the more
-    rows, the less this weighs, and the more memory the chunk takes. A function of the machine and no timing of it, so
-    that a run is repeatable."""
-    if device.type == "cuda":
-        # Logits, their exponentials and the rounded gradient, 10 bytes an element, in 1/32 of the memory: 5,000 rows
-        # of GPT-2's vocabulary in 80 GB, where the traffic is some 5 % of the products (derived, not measured).
-        memory = torch.cuda.get_device_properties(device).total_memory
-        return max(1, memory // 32 // (10 * vocab_size))
-    return 1024
-
-
-def _block_rows(vocab_size: int, device: torch.device) -> int:
-    """Rows of logits that pass through the softmax together. On a CPU 4 MB of them, which stay in its cache with their
-    exponentials: for 1,023 rows of 50,257 on one core 0.24 s, against 0.27 in 0.5 MB and 0.34 in 64 MB."""
-    return max(1, 2**20 // vocab_size) if device.type == "cpu" else sys.maxsize
+def _device_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:

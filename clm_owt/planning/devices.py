@@ -1,16 +1,14 @@
-"""The devices people train on: memory, peak arithmetic, and where the numbers come from.
+"""What a run computes on (`Hardware`), and the devices people train on: memory, peak arithmetic, and their sources.
 
 To add a device, add a line. `pattern` is searched in the name that the driver gives (`torch.cuda.get_device_name()`);
 nothing is guessed for a device that is not here.
 """
 
+import platform
 import re
 import subprocess
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # the table itself needs no torch
-    import torch
+from pathlib import Path
 
 # Shares of the peak (MFU) that trainers of GPT-2 reach: 18 % a plain Hugging Face stack (oumi, A100), 30 % nanoGPT on
 # eight A100, 40 % llm.c on H100, 50 % build-nanogpt on one A100, 60 % llm.c on A100. Estimated times give both ends.
@@ -40,6 +38,11 @@ class Device:
         """FLOP/s."""
         return self.peak_tflops * 1e12
 
+    def hardware(self, processes: int = 1) -> "Hardware":
+        """So many of this device, as a run would find them."""
+        device_type = "mps" if self.pattern.startswith("Apple") else "cuda"
+        return Hardware(device_type, self.name, self.memory, processes, self.mixed_precision)
+
 
 DEVICES = (
     Device(
@@ -65,17 +68,55 @@ DEVICES = (
 
 
 def find_device(name: str | None) -> Device | None:
-    """The known device of that key, or of a driver's name for it; None where there is none."""
-    return next((d for d in DEVICES if name and (d.key == name.lower() or re.search(d.pattern, name))), None)
+    """The known device of that key or name, or of a driver's name for it; None where there is none."""
+    return next(
+        (d for d in DEVICES if name and (name.lower() in (d.key, d.name.lower()) or re.search(d.pattern, name))), None
+    )
 
 
-def name_of(device: "torch.device") -> str | None:
-    """What the driver calls it; None for a CPU, of which nothing is known. (Not run by the project on GPU or Mac.)"""
-    if device.type == "cuda":
-        import torch
+@dataclass(frozen=True)
+class Hardware:
+    """What a run computes on, the same for each of its processes. It is made once, when the processes have started.
 
-        return torch.cuda.get_device_name(device)
-    if device.type == "mps":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-    return None
+    device_type: `cpu`, `cuda` or `mps`; device_name: as the driver gives it; memory: bytes of the smallest device, on
+    a CPU what cgroup and `ulimit` allow; mixed_precision: Accelerate's `no`, `bf16` or `fp8`; sharded: by FSDP2.
+    """
+
+    device_type: str = "cpu"
+    device_name: str | None = None
+    memory: int = 0
+    processes: int = 1
+    mixed_precision: str = "no"
+    sharded: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.device_type} ({self.device_name})"
+
+    @property
+    def device(self) -> Device | None:
+        """The accelerator as this module knows it; None for another one, and for a CPU."""
+        return None if self.device_type == "cpu" else find_device(self.device_name)
+
+    @property
+    def peak_flops(self) -> float | None:
+        """FLOP/s of one device, where it is known."""
+        return self.device and self.device.peak_flops
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a number in the matrix products' inputs and the activations that are kept for the backward."""
+        return 4 if self.mixed_precision == "no" else 2
+
+
+def cpu_name() -> str:
+    """The processor's name, as Linux gives it, or its kind."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def mac_name() -> str | None:
+    """The chip of a Mac, whose GPU has no name of its own. (Not run by the project on a Mac.)"""
+    command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None

@@ -1,7 +1,7 @@
 """What a recipe implies: steps, tokens, rates, cut of the batch, disk, memory, time. Shown before anything is paid.
 
-Pure arithmetic over the recipe and what is known of data and machine, but for `find_disk`. What cannot run is refused;
-what will run and probably should not is warned of.
+Pure arithmetic over the recipe and what is known of data and hardware, but for `find_disk`. What cannot run is
+refused; what will run and probably should not is warned of.
 """
 
 import math
@@ -10,12 +10,13 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from clm_owt.batch import describe_cut
 from clm_owt.errors import InputError
-from clm_owt.formatting import show_bytes, show_time
-from clm_owt.planning.devices import MFU_RANGE, find_device
-from clm_owt.planning.memory import count_parameters, step_memory
+from clm_owt.formatting import format_bytes, format_duration
+from clm_owt.planning.devices import MFU_RANGE, Hardware
+from clm_owt.planning.memory import count_parameters, optimizer_bytes, step_memory
 from clm_owt.recipe import Recipe
-from clm_owt.schedule import learning_rate_at, schedule_problems
+from clm_owt.schedule import rate_factor, schedule_problems
 
 # The guide's base for scaling rates with the batch: 6e-4 at 32 blocks.
 BASE_RATE, BASE_BATCH = 6e-4, 32
@@ -109,25 +110,16 @@ class Plan:
 def make_plan(
     recipe: Recipe,
     data: Data,
-    *,
     vocab_size: int,
-    processes: int,
     micro_batch: int,
-    mixed_precision: str = "no",
-    sharded: bool = False,
-    device_type: str = "cpu",
-    device_name: str | None = None,
-    device_memory: int = 0,
+    hardware: Hardware,
     data_disk: Disk | None = None,
     output_disk: Disk | None = None,
 ) -> Plan:
     """The plan of a run. Raises InputError, with all reasons, where the run cannot be: no whole step, a warm-up that
     does not end, fewer blocks in a batch than processes, a length that depends on a count of blocks nobody knows yet,
-    not enough disk. What is not given of the machine is not judged."""
-    from clm_owt.training.micro_batch_search import (
-        describe_cut,
-    )  # brings torch and transformers, which the rest of this module spares
-
+    not enough disk. A disk that is not given is not judged."""
+    processes = hardware.processes
     total_steps = recipe.total_steps(data.train_blocks)
     if total_steps is None:
         raise InputError(
@@ -145,7 +137,8 @@ def make_plan(
     parameters = count_parameters(recipe, vocab_size)
     blocks = data.train_blocks or recipe.expected_train_blocks
     data_bytes = None if blocks is None else (blocks + (data.validation_blocks or 0)) * block_bytes(recipe, vocab_size)
-    output_bytes = run_folder_bytes(recipe, parameters, total_steps)
+    checkpoint_bytes = 4 * parameters + optimizer_bytes(recipe, vocab_size)
+    output_bytes = run_folder_bytes(recipe, parameters, checkpoint_bytes, total_steps)
     problems += disk_problems([(data_disk, data_bytes, "data_cache_dir"), (output_disk, output_bytes, "output_dir")])
     if problems:
         raise InputError("\n".join(problems))
@@ -157,10 +150,9 @@ def make_plan(
     evaluation_share = None
     if data.validation_blocks is not None:  # a forward pass is a third of a training step's work
         evaluation_share = evaluations * data.validation_blocks * recipe.block_size / 3 / total_tokens
-    device = find_device(device_name)
     seconds = None
-    if device is not None:
-        work = train_flops * (1 + (evaluation_share or 0)) / (device.peak_flops * processes)
+    if hardware.peak_flops is not None:
+        work = train_flops * (1 + (evaluation_share or 0)) / (hardware.peak_flops * processes)
         seconds = (work / max(MFU_RANGE), work / min(MFU_RANGE))
     shares = {f"{quarter * 25}%": total_steps * quarter // 4 for quarter in range(5)}
     base = recipe.effective_batch_size / BASE_BATCH
@@ -181,7 +173,7 @@ def make_plan(
         learning_rate_peak=recipe.learning_rate,
         learning_rate_floor=recipe.learning_rate * recipe.min_lr_ratio,
         learning_rates={
-            share: learning_rate_at(step, recipe.learning_rate, recipe.warmup_steps, total_steps, recipe.min_lr_ratio)
+            share: recipe.learning_rate * rate_factor(step, recipe.warmup_steps, total_steps, recipe.min_lr_ratio)
             for share, step in shares.items()
         },
         linear_scaled_rate=BASE_RATE * base,
@@ -197,19 +189,10 @@ def make_plan(
         saves=times_due(total_steps, recipe.save_steps, at_start=False),
         train_flops=train_flops,
         data_bytes=data_bytes,
-        checkpoint_bytes=12 * parameters,
+        checkpoint_bytes=checkpoint_bytes,
         output_bytes=output_bytes,
-        memory=step_memory(
-            recipe,
-            vocab_size,
-            micro_batch,
-            processes=processes,
-            mixed_precision=mixed_precision,
-            sharded=sharded,
-            device_type=device_type,
-            device_memory=device_memory,
-        ),
-        device=device.name if device else device_name,
+        memory=step_memory(recipe, vocab_size, micro_batch, hardware),
+        device=hardware.device.name if hardware.device else hardware.device_name,
         seconds=seconds,
         warnings=tuple(find_warnings(recipe, data, total_steps, parameters, evaluation_share, seconds)),
     )
@@ -261,10 +244,16 @@ def find_warnings(
         if interval > LONG_SAVE_INTERVAL:
             fitting = int(recipe.save_steps * LONG_SAVE_INTERVAL / interval)
             warnings.append(
-                f"save_steps: {recipe.save_steps:,} steps take {show_time(interval)} even at {max(MFU_RANGE):.0%} of "
-                f"the device's peak, and a crash loses as much; lower it to {max(1, fitting):,}"
+                f"save_steps: {recipe.save_steps:,} steps take {format_duration(interval)} even at "
+                f"{max(MFU_RANGE):.0%} of the device's peak, and a crash loses as much; "
+                f"lower it to {max(1, fitting):,}"
             )
     return warnings
+
+
+def is_due(step: int, interval: int | None, total_steps: int) -> bool:
+    """Whether what is done every `interval` steps (None: never), and at the end of the run, is done after `step`."""
+    return interval is not None and (step % interval == 0 or step == total_steps)
 
 
 def times_due(total_steps: int, interval: int, at_start: bool) -> int:
@@ -282,15 +271,19 @@ def block_bytes(recipe: Recipe, vocab_size: int) -> int:
     return recipe.block_size * (2 if vocab_size <= 65_536 else 4)
 
 
-def run_folder_bytes(recipe: Recipe, parameters: int, total_steps: int) -> int:
-    """At its largest: checkpoints of weights and two moments in float32 (12 bytes a parameter), of which there is one
-    more than is kept while the newest is being written, the exported model, and about 450 bytes of metrics a row and
-    5 a sampled token."""
+def run_folder_bytes(recipe: Recipe, parameters: int, checkpoint_bytes: int, total_steps: int) -> int:
+    """At its largest: the checkpoints, of which there is one more than is kept while the newest is being written, the
+    exported model, about 450 bytes of metrics a row and 5 a sampled token."""
     rows = times_due(total_steps, recipe.logging_steps, False) + times_due(total_steps, recipe.eval_steps, True)
     rounds = times_due(total_steps, recipe.sample_steps, True) if recipe.sample_steps else 0
     checkpoints = min(recipe.save_total_limit + 1, times_due(total_steps, recipe.save_steps, False))
     samples = rounds * len(recipe.sample_prompts) * recipe.sample_max_new_tokens * 5
-    return 12 * parameters * checkpoints + 4 * parameters + 450 * rows + samples
+    return checkpoint_bytes * checkpoints + 4 * parameters + 450 * rows + samples
+
+
+def find_disks(data_folder: Path, output_folder: Path) -> tuple[Disk, Disk]:
+    """Of the token store and of the run's folder."""
+    return find_disk(data_folder), find_disk(output_folder)
 
 
 def find_disk(folder: Path) -> Disk:
@@ -308,16 +301,16 @@ def disk_problems(needs: list[tuple[Disk | None, int | None, str]]) -> list[str]
         here = [need for need in known if need[0].file_system == file_system]
         needed, free = sum(size for _, size, _ in here), min(disk.free for disk, _, _ in here)
         if needed > free:
-            parts = " and ".join(f"{show_bytes(size)} in {disk.folder} ({key})" for disk, size, key in here)
+            parts = " and ".join(f"{format_bytes(size)} in {disk.folder} ({key})" for disk, size, key in here)
             keys = " or ".join(key for _, _, key in here)
             problems.append(
-                f"{keys}: the run needs another {parts}, and {show_bytes(free)} are free there; "
+                f"{keys}: the run needs another {parts}, and {format_bytes(free)} are free there; "
                 f"free some, point {keys} to a larger disk, or lower save_total_limit"
             )
     return problems
 
 
-def describe(plan: Plan, recipe: Recipe) -> list[str]:
+def plan_lines(plan: Plan, recipe: Recipe) -> list[str]:
     """The plan as the lines a user reads before the run."""
 
     def amount(number: float | None, unit: str) -> str:
@@ -327,14 +320,14 @@ def describe(plan: Plan, recipe: Recipe) -> list[str]:
     if plan.train_blocks_expected:
         blocks += " expected (still being read)"
     epochs = f", {plan.epochs:.2f} epochs of {plan.steps_per_epoch:,.1f} steps" if plan.epochs is not None else ""
-    data_bytes = "data not counted yet" if plan.data_bytes is None else f"data {show_bytes(plan.data_bytes)}"
+    data_bytes = "data not counted yet" if plan.data_bytes is None else f"data {format_bytes(plan.data_bytes)}"
     evaluation = (
         "" if plan.evaluation_share is None else f" ({plan.evaluation_share:.1%} of the training's arithmetic)"
     )
     samples = f", {plan.samples:,} rounds of {len(recipe.sample_prompts)} samples" if plan.samples else ""
-    memory = ", ".join(f"{name} {show_bytes(size)}" for name, size in plan.memory.items() if size)
+    memory = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.memory.items() if size)
     steps = [plan.total_steps * i // (CURVE_WIDTH - 1) for i in range(CURVE_WIDTH)]
-    schedule = (recipe.learning_rate, recipe.warmup_steps, plan.total_steps, recipe.min_lr_ratio)
+    schedule = (recipe.warmup_steps, plan.total_steps, recipe.min_lr_ratio)
     rows = {
         "data": f"{recipe.dataset_name}: {amount(plan.train_documents, 'training documents')}, "
         f"{amount(plan.validation_documents, 'validation documents')}",
@@ -346,20 +339,20 @@ def describe(plan: Plan, recipe: Recipe) -> list[str]:
         f"{recipe.n_embd}, vocabulary {plan.vocab_size:,}; {plan.tokens_per_parameter:.1f} tokens each",
         "rate": f"peak {plan.learning_rate_peak:g} after {plan.warmup_steps:,} steps of warm-up "
         f"({plan.warmup_share:.1%} of the run), floor {plan.learning_rate_floor:g}",
-        "": f"{sparkline([learning_rate_at(step, *schedule) for step in steps])}  "
+        "": f"{sparkline([rate_factor(step, *schedule) for step in steps])}  "
         + ", ".join(f"{rate:.3g} at {share}" for share, rate in plan.learning_rates.items()),
         "scaling": f"{BASE_RATE:g} at a batch of {BASE_BATCH} is {plan.linear_scaled_rate:.3g} here by the linear "
         f"rule, {plan.square_root_scaled_rate:.3g} by the square root (rules of thumb for GPT-2 small)",
         "loss": f"cross-entropy + {recipe.penalty_weight:g} · {recipe.penalty_type}"
         if recipe.penalty_weight
         else "cross-entropy",
-        "rhythm": f"log every {recipe.logging_steps} steps, validate every {recipe.eval_steps}, "
+        "intervals": f"log every {recipe.logging_steps} steps, validate every {recipe.eval_steps}, "
         f"save every {recipe.save_steps}" + (f", sample every {recipe.sample_steps}" if recipe.sample_steps else ""),
         "in all": f"{plan.evaluations:,} validations{evaluation}, "
         f"{plan.saves:,} checkpoint{'s' * (plan.saves > 1)}{samples}",
-        "disk": f"{data_bytes}, checkpoints {show_bytes(plan.checkpoint_bytes)} each, "
-        f"run folder up to {show_bytes(plan.output_bytes)}",
-        "memory": f"{show_bytes(sum(plan.memory.values()))} a process, estimated: {memory}",
+        "disk": f"{data_bytes}, checkpoints {format_bytes(plan.checkpoint_bytes)} each, "
+        f"run folder up to {format_bytes(plan.output_bytes)}",
+        "memory": f"{format_bytes(sum(plan.memory.values()))} a process, estimated: {memory}",
         "time": show_expected_time(plan),
         "written to": recipe.output_dir,
     }
@@ -371,7 +364,7 @@ def show_expected_time(plan: Plan) -> str:
     work = f"{plan.train_flops:.3g} FLOP"
     if plan.seconds is None:
         return f"{work}; not estimated for this device, the first steps will tell"
-    low, high = (show_time(seconds) for seconds in plan.seconds)
+    low, high = (format_duration(seconds) for seconds in plan.seconds)
     machine = f"{plan.processes} x {plan.device}"
     return f"{work}; {low} to {high} on {machine}, estimated at {MFU_RANGE[1]:.0%} to {MFU_RANGE[0]:.0%} of its peak"
 

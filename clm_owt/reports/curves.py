@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clm_owt.formatting import show_count
+from clm_owt.files import replacing
+from clm_owt.formatting import format_count
 from clm_owt.reports.record import Row, RunRecord
 
 if TYPE_CHECKING:  # matplotlib takes a second to import; it is imported where it draws
@@ -17,13 +18,11 @@ if TYPE_CHECKING:  # matplotlib takes a second to import; it is imported where i
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 
-# Validation losses on OpenWebText of GPT-2 small (124 M), as published: at an end, and by tokens.
 OPENWEBTEXT = "skylion007/openwebtext"
 
+# Validation losses on it of GPT-2 small (124 M), as published: at the end of a training, and by tokens seen.
 REFERENCE_LINES = ((3.12, "GPT-2 124 M of OpenAI, zero-shot (nanoGPT)"), (2.85, "nanoGPT, about 295 B tokens"))
-
 REFERENCE_POINTS = ((5e9, 3.193), (20e9, 3.024), (50e9, 2.885))
-
 REFERENCE_POINTS_NAME = "AdamW 6e-4, batch 480 (MARS)"
 
 SMOOTHED_POINTS = 100  # a curve of more points than this is drawn with its running mean
@@ -31,6 +30,8 @@ SMOOTHED_POINTS = 100  # a curve of more points than this is drawn with its runn
 
 @dataclass(frozen=True)
 class Panel:
+    """One diagram: a field of the rows over the step, of the validation rows too where it is `validated`."""
+
     field: str
     label: str
     log_scale: bool = False
@@ -49,6 +50,7 @@ PANELS = (
 
 
 def panels_of(runs: Sequence[RunRecord]) -> list[Panel]:
+    """The panels that these runs have something to show in."""
     penalized = any(run.recipe["penalty_weight"] for run in runs)
     return [panel for panel in PANELS if penalized or not panel.penalty_only]
 
@@ -69,12 +71,12 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def is_gpt2_on_openwebtext(run: RunRecord) -> bool:
-    """Whether the published losses are of the same tokens."""
+    """Whether the run's validation losses are of the same tokens as the published ones, and can be compared."""
     return run.recipe["dataset_name"].lower() == OPENWEBTEXT and run.plan["vocab_size"] == 50257
 
 
 def draw(runs: Sequence[RunRecord]) -> "Figure":
-    """All panels of the runs, one colour each; over the first, the tokens where all runs have the same batch."""
+    """All panels, with a colour for each run; where all have the same batch, the first panel has an axis of tokens."""
     from matplotlib.figure import Figure
 
     panels = panels_of(runs)
@@ -98,6 +100,7 @@ def draw(runs: Sequence[RunRecord]) -> "Figure":
 
 
 def draw_panel(axes: "Axes", runs: Sequence[RunRecord], panel: Panel) -> None:
+    """A field of all runs, with published losses and, of a run alone, its marks."""
     from matplotlib.ticker import EngFormatter, NullLocator, StrMethodFormatter
 
     alone = len(runs) == 1
@@ -149,14 +152,16 @@ def log_ticks(low: float, high: float) -> "Locator":
 
 
 def add_token_axis(axes: "Axes", tokens_per_step: int) -> None:
+    """A second axis at the top: the tokens seen at each step."""
     from matplotlib.ticker import FuncFormatter
 
     top = axes.secondary_xaxis("top", functions=(lambda s: s * tokens_per_step, lambda t: t / tokens_per_step))
     top.set_xlabel("tokens")
-    top.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: show_count(tokens)))
+    top.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: format_count(tokens)))
 
 
 def draw_references(axes: "Axes", runs: Sequence[RunRecord]) -> None:
+    """The published losses, where they can be compared with those of the runs."""
     if not all(is_gpt2_on_openwebtext(run) for run in runs):
         return
     for (loss, name), style in zip(REFERENCE_LINES, ("-.", ":"), strict=True):
@@ -179,19 +184,18 @@ def draw_marks(axes: "Axes", run: RunRecord) -> None:
 
 
 def save_picture(runs: Sequence[RunRecord], path: Path) -> None:
-    """Draw to a PNG or SVG file, which is replaced in one piece."""
+    """Draw to a PNG or SVG file, by its name, which is replaced in one step."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = draw(runs)
     FigureCanvasAgg(figure)
-    aside = path.with_name(f".{path.name}.partial{path.suffix}")
-    figure.savefig(aside, dpi=100)
-    aside.replace(path)
+    with replacing(path) as aside:
+        figure.savefig(aside, dpi=100, format=path.suffix.removeprefix("."))
 
 
 class Curves:
-    """Draws `training_curves.png` in a thread of its own, so that the training does not wait; what is asked for during
-    a drawing is drawn after it, once. What goes wrong is told and left."""
+    """Draws `training_curves.png` of the run in the folder `run`, in a thread of its own, so that the training does
+    not wait; what is asked for during a drawing is drawn after it, once. An error costs a line, printed with `say`."""
 
     def __init__(self, run: Path, say: Callable[..., None]):
         self._run = run
@@ -200,7 +204,7 @@ class Curves:
         self._next: Future[None] | None = None
 
     def redraw(self) -> None:
-        """Draw what the run's files hold by now."""
+        """Begin to draw what the run's files hold by now."""
         # Here, and not in the thread: Trackio looks for it among the loaded modules, and fails on one half loaded.
         import matplotlib.figure  # noqa: F401
 
@@ -208,7 +212,7 @@ class Curves:
             self._next = self._executor.submit(self._draw)
 
     def finish(self) -> None:
-        """Wait for the last drawing."""
+        """Wait for the last drawing. May be called twice."""
         self._executor.shutdown()
 
     def _draw(self) -> None:

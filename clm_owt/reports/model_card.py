@@ -1,4 +1,4 @@
-"""The model card of a run: its README on the Hub, made from the files of the run's folder alone."""
+"""The model card of a run: its README on the Hub, made from the files of the run's folder alone. Imports no torch."""
 
 import json
 import re
@@ -9,8 +9,10 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from clm_owt.formatting import markdown_table
+from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.recipe import FIELDS, FILE_FORMATS, PYTHON_DOCS
-from clm_owt.reports.record import read_metrics, read_samples
+from clm_owt.reports.record import Row, RunRecord
 
 # Of this software. Whoever trains on text under other terms changes it in the repository's README.
 LICENSE = "apache-2.0"
@@ -20,34 +22,29 @@ TABLE_ROWS = 12
 PLACES = {"data_cache_dir", "output_dir", "run_name", "resume_from_checkpoint", "report_to", "wandb_project"}
 
 
-def model_card(run: Path, repo_id: str, step: int) -> ModelCard:
-    """The card of the run in the folder `run` as it was after `step`."""
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
-    rows = [row for row in read_metrics(run / "metrics.jsonl") if row["step"] <= step]
-    validations = [row for row in rows if row["split"] == "validation"]
-    trainings = [row for row in rows if row["split"] == "train"]
-    metadata = card_metadata(recipe, repo_id, validations)
+def model_card(folder: Path, repo_id: str, step: int) -> ModelCard:
+    """The card of the run in `folder` as it was after `step`. Raises InputError where the folder holds no run."""
+    run = RunRecord.read(folder).until(step)
+    metadata = card_metadata(run.recipe, repo_id, run.validation)
     sections = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {repo_id.split('/')[-1]}",
-        introduction(recipe, plan, step, validations),
-        "## How to use it\n\n" + how_to_use(recipe, repo_id, step),
-        "## Training\n\n" + training_table(recipe, plan, step),
-        "## Results\n\n" + results_table(validations, trainings),
+        introduction(run, step),
+        "## How to use it\n\n" + how_to_use(run.recipe, repo_id, step),
+        "## Training\n\n" + training_table(run.recipe, run.plan, step),
+        "## Results\n\n" + results_table(run),
     ]
-    if (run / "training_curves.png").exists():
+    if (folder / "training_curves.png").exists():
         sections.append("![Training curves](training_curves.png)")
-    samples = latest_samples(run / "samples.md", step)
-    if samples:
-        sections.append("## Samples\n\n" + samples)
-    sections.append("## Limits\n\n" + limits(recipe))
-    sections.append("## The recipe\n\n" + recipe_settings(recipe))
+    if run.samples:
+        sections.append("## Samples\n\n" + latest_samples(run.samples))
+    sections.append("## Limits\n\n" + limits(run.recipe))
+    sections.append("## The recipe\n\n" + recipe_settings(run.recipe))
     return ModelCard("\n\n".join(sections) + "\n")
 
 
-def card_metadata(recipe: dict[str, Any], repo_id: str, validations: Sequence[dict[str, Any]]) -> ModelCardData:
-    """The metadata block, with the last validation in the Hub's model-index form."""
+def card_metadata(recipe: dict[str, Any], repo_id: str, validations: Sequence[Row]) -> ModelCardData:
+    """The metadata block, with the last of the validations in the Hub's model-index form."""
     dataset = recipe["dataset_name"]
     on_hub = dataset not in (*FILE_FORMATS, PYTHON_DOCS)
     results = []
@@ -82,7 +79,9 @@ def card_metadata(recipe: dict[str, Any], repo_id: str, validations: Sequence[di
     )
 
 
-def introduction(recipe: dict[str, Any], plan: dict[str, Any], step: int, validations: Sequence[dict]) -> str:
+def introduction(run: RunRecord, step: int) -> str:
+    """What the model is, how far its training is, and how good it is."""
+    recipe, plan = run.recipe, run.plan
     start = f"finetuned from `{recipe['init_from']}`" if recipe["init_from"] else "trained from scratch"
     text = (
         f"A GPT-2 language model (`GPT2LMHeadModel`, {plan['parameters']:,} parameters: {recipe['n_layer']} layers, "
@@ -91,13 +90,14 @@ def introduction(recipe: dict[str, Any], plan: dict[str, Any], step: int, valida
     )
     if step < plan["total_steps"]:
         text += f" **Training is not finished: this is step {step:,} of {plan['total_steps']:,}.**"
-    if validations:
-        last = validations[-1]
+    if run.validation:
+        last = run.validation[-1]
         text += f" Validation loss {last['loss']:.4f}, perplexity {last['perplexity']:,.2f} (step {last['step']:,})."
     return text
 
 
 def describe_data(recipe: dict[str, Any]) -> str:
+    """What the model was trained on, as part of a sentence."""
     dataset = recipe["dataset_name"]
     if dataset == PYTHON_DOCS:
         return "the docstrings of the Python standard library and of installed packages"
@@ -108,6 +108,7 @@ def describe_data(recipe: dict[str, Any]) -> str:
 
 
 def how_to_use(recipe: dict[str, Any], repo_id: str, step: int) -> str:
+    """Code and commands that use the model, with a prompt of the recipe."""
     revision = f"step-{step:08d}"
     prompt = (recipe["sample_prompts"] or ["The"])[0]
     return f"""```python
@@ -127,10 +128,12 @@ python run_clm_owt.py --recipe recipe.yaml --init_from {repo_id} --push_to_hub f
 
 
 def training_table(recipe: dict[str, Any], plan: dict[str, Any], step: int) -> str:
+    """How the model was trained up to `step`, and on what."""
     tokens = step * plan["tokens_per_step"]
     penalty = f"{recipe['penalty_weight']:g} · {recipe['penalty_type']}" if recipe["penalty_weight"] else "none"
     blocks = f"{plan['train_blocks']:,}" if plan["train_blocks"] else "not counted"
     environment = plan["environment"]
+    optimizer = OPTIMIZERS[recipe.get("optimizer", "adamw")]  # older recipes have no such key
     facts = {
         "steps": f"{step:,} of {plan['total_steps']:,}",
         "tokens": f"{tokens:,} ({tokens / plan['parameters']:.1f} per parameter)",
@@ -143,8 +146,7 @@ def training_table(recipe: dict[str, Any], plan: dict[str, Any], step: int) -> s
         "dataset commit": (plan.get("source") or {}).get("commit") or "none (not from the Hub)",
         "tokenizer": recipe["tokenizer_name"]
         or f"byte-level BPE of {plan['vocab_size']:,} ids, trained on the training documents",
-        "optimizer": f"AdamW, β {recipe['adam_beta1']:g} / {recipe['adam_beta2']:g}, ε {recipe['adam_epsilon']:g}, "
-        f"weight decay {recipe['weight_decay']:g}, gradients clipped at {recipe['max_grad_norm']:g}",
+        "optimizer": f"{optimizer.describe(recipe)}, gradients clipped at {recipe['max_grad_norm']:g}",
         "learning rate": f"{recipe['learning_rate']:g}, {recipe['warmup_steps']:,} steps of linear warm-up, cosine "
         f"to {plan['learning_rate_floor']:g}",
         "sharpness penalty": penalty,
@@ -155,35 +157,33 @@ def training_table(recipe: dict[str, Any], plan: dict[str, Any], step: int) -> s
     return markdown_table(("", "value"), facts.items())
 
 
-def results_table(validations: Sequence[dict], trainings: Sequence[dict]) -> str:
-    """Validations by step, at most TABLE_ROWS of them, the last always among them."""
-    if not validations:
+def results_table(run: RunRecord) -> str:
+    """Validations by step, at most TABLE_ROWS of them, the last always among them; and the last training loss."""
+    if not run.validation:
         return "No validation so far."
-    last = len(validations) - 1
+    last = len(run.validation) - 1
     chosen = sorted({round(i * last / (TABLE_ROWS - 1)) for i in range(TABLE_ROWS)})
-    lines = [
+    rows = [
         (f"{row['step']:,}", f"{row['tokens']:,}", f"{row['loss']:.4f}", f"{row['perplexity']:,.2f}")
-        for row in (validations[i] for i in chosen)
+        for row in (run.validation[i] for i in chosen)
     ]
-    text = markdown_table(("step", "tokens", "validation loss", "perplexity"), lines)
+    text = markdown_table(("step", "tokens", "validation loss", "perplexity"), rows)
     text += "\n\nCross-entropy in nats per predicted token, over all validation tokens; perplexity is its exponential."
-    if trainings:
-        row = trainings[-1]
+    if run.train:
+        row = run.train[-1]
         text += f" Last training loss: {row['loss']:.4f} (step {row['step']:,})."
     return text
 
 
-def latest_samples(path: Path, step: int) -> str | None:
-    """The last round of samples.md up to `step`, as quoted text."""
-    texts = read_samples(path)
-    last = max((number for number in texts if number <= step), default=None)
-    if last is None:
-        return None
-    quoted = "\n".join(f"> {line}".rstrip() for line in texts[last].splitlines())
-    return f"After step {last:,}, the prompt in bold:\n\n{quoted}"
+def latest_samples(samples: dict[int, str]) -> str:
+    """The last of the rounds of samples, by step, as quoted text."""
+    step, text = max(samples.items())
+    quoted = "\n".join(f"> {line}".rstrip() for line in text.splitlines())
+    return f"After step {step:,}, the prompt in bold:\n\n{quoted}"
 
 
 def limits(recipe: dict[str, Any]) -> str:
+    """What the model is not good for."""
     return (
         f"A base model that continues text: it follows no instructions, its statements are not facts, and it repeats "
         f"what is in {describe_data(recipe)}, biases and errors included. It knows at most {recipe['block_size']:,} "
@@ -192,6 +192,7 @@ def limits(recipe: dict[str, Any]) -> str:
 
 
 def recipe_settings(recipe: dict[str, Any]) -> str:
+    """The settings that differ from the defaults, as YAML."""
     changed = {
         name: value
         for name, value in recipe.items()
@@ -202,10 +203,6 @@ def recipe_settings(recipe: dict[str, Any]) -> str:
 
 
 def default_of(name: str) -> Any:
+    """The default of a recipe's key, as YAML gives it."""
     default = FIELDS[name].default
     return list(default) if isinstance(default, tuple) else default
-
-
-def markdown_table(header: Sequence[str], lines: Any) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)

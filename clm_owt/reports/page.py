@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from clm_owt.formatting import show_count
+from clm_owt.formatting import format_count
 from clm_owt.recipe import show
 from clm_owt.reports.curves import COLORS, REFERENCE_LINES, is_gpt2_on_openwebtext, panels_of, running_mean, series
 from clm_owt.reports.record import RunRecord
@@ -34,7 +34,7 @@ PLAN_KEYS = (
 
 
 def write_page(runs: Sequence[RunRecord]) -> str:
-    """The page. Nothing in it is loaded from anywhere when it is opened."""
+    """The page as HTML, which loads nothing when it is opened. Raises ModuleNotFoundError without Plotly."""
     import plotly
 
     sections = [
@@ -82,7 +82,7 @@ def curves(runs: Sequence[RunRecord]) -> str:
                 trace = Scatter(
                     x=steps,
                     y=values,
-                    customdata=[show_count(float(f"{step * per_step:.4g}")) for step in steps],
+                    customdata=[format_count(float(f"{step * per_step:.4g}")) for step in steps],
                     hovertemplate="step %{x:,}, %{customdata} tokens: %{y:.5g}<extra>"
                     + f"{run.name}, {split}</extra>",
                     name=run.name,
@@ -115,6 +115,7 @@ def curves(runs: Sequence[RunRecord]) -> str:
 
 
 def results(runs: Sequence[RunRecord]) -> str:
+    """The last and the best validation of each run, as a table."""
     lines = []
     for color, run in zip(COLORS * len(runs), runs, strict=False):
         name = f'<span class="swatch" style="background:{color}"></span>{html.escape(run.name)}'
@@ -137,7 +138,7 @@ def results(runs: Sequence[RunRecord]) -> str:
 
 
 def recipe_differences(runs: Sequence[RunRecord]) -> str:
-    """The keys in which the runs differ, and below them, closed, all others."""
+    """The keys in which the recipes differ as a table, and below it, folded, all others."""
     keys = list(dict.fromkeys(key for run in runs for key in run.recipe))
     values = {key: [cell(run.recipe.get(key)) for run in runs] for key in keys}
     different = [key for key in keys if len(set(values[key])) > 1]
@@ -148,6 +149,7 @@ def recipe_differences(runs: Sequence[RunRecord]) -> str:
 
 
 def plans(runs: Sequence[RunRecord]) -> str:
+    """PLAN_KEYS of each run as a table, and below it, folded, all of their plans."""
     facts = [run.plan | run.plan.get("environment", {}) for run in runs]
     lines = [[key, *(cell(fact.get(key)) for fact in facts)] for key in PLAN_KEYS]
     full = "".join(
@@ -159,7 +161,7 @@ def plans(runs: Sequence[RunRecord]) -> str:
 
 
 def samples(runs: Sequence[RunRecord]) -> str:
-    """Side by side, the newest step first."""
+    """The samples of the runs side by side as a table, the newest step first."""
     steps = sorted({step for run in runs for step in run.samples}, reverse=True)
     if not steps:
         return "<p>There are none.</p>"
@@ -172,13 +174,14 @@ def samples(runs: Sequence[RunRecord]) -> str:
 
 
 def cell(value: object) -> str:
+    """A value of a recipe or plan as HTML."""
     if isinstance(value, float):
         return f"{value:g}"
     return html.escape(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else show(value))
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]], numbers: bool = False) -> str:
-    """Cells are HTML; with `numbers`, all columns but the first are."""
+    """A table in HTML. The cells are HTML; with `numbers`, those of all columns but the first are aligned as such."""
     head = "".join(f"<th>{name}</th>" for name in header)
     kind = ' class="number"' if numbers else ""
     body = "".join(

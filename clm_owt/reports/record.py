@@ -1,8 +1,9 @@
-"""A run as its folder tells it: metrics.jsonl, samples.md, recipe.yaml, plan.json. Imports no torch."""
+"""Reading a run's folder: recipe.yaml, plan.json, metrics.jsonl, samples.md. Imports no torch."""
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,31 @@ from clm_owt.errors import InputError
 
 Row = dict[str, Any]
 
-# Fields of a row that tell of time and machine: two runs of one recipe agree in all others.
+# The fields of a row that are about time and machine: two runs of one recipe agree in all others.
 TIMING_FIELDS = ("tokens_per_second", "mfu", "step_seconds", "data_seconds", "elapsed_seconds")
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The settings in a run's recipe.yaml; one of an older version may lack keys. Raises InputError where there is no
+    such file, or none that can be read."""
+    return _read_mapping(folder / "recipe.yaml", yaml.safe_load)
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """A run's plan.json. Raises InputError where there is no such file, or none that can be read."""
+    return _read_mapping(folder / "plan.json", json.loads)
+
+
+def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{path.parent} is no run's folder: it has no {path.name}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} cannot be read: expected names and values")
+    return content
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -26,6 +50,14 @@ def read_metrics(path: Path) -> list[Row]:
     return rows
 
 
+def split_rows(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """The training rows, and the validation rows."""
+    by_split = {"train": [], "validation": []}
+    for row in rows:
+        by_split[row["split"]].append(row)
+    return by_split["train"], by_split["validation"]
+
+
 def read_samples(path: Path) -> dict[int, str]:
     """The rounds of a samples.md, as Markdown, by step."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -34,7 +66,7 @@ def read_samples(path: Path) -> dict[int, str]:
 
 
 def last_steps(folder: Path) -> dict[str, int]:
-    """The last step that a run's files tell of: of train and validation rows, and of samples; -1 for none."""
+    """The last step in a run's files, of `train` and `validation` rows and of `samples`; -1 where there is none."""
     last = {"train": -1, "validation": -1, "samples": max(read_samples(folder / "samples.md"), default=-1)}
     for row in read_metrics(folder / "metrics.jsonl"):
         last[row["split"]] = max(last[row["split"]], row["step"])
@@ -43,7 +75,7 @@ def last_steps(folder: Path) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run's folder holds about its course."""
+    """What a run's folder holds about its course: its rows by split, its samples by step."""
 
     name: str
     recipe: dict[str, Any]
@@ -55,14 +87,15 @@ class RunRecord:
     @classmethod
     def read(cls, folder: Path) -> "RunRecord":
         """Raises InputError where the folder holds no run."""
-        try:
-            recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-            plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder} is no run's folder: {error}") from error
-        rows = read_metrics(folder / "metrics.jsonl")
-        train, validation = ([row for row in rows if row["split"] == split] for split in ("train", "validation"))
+        recipe, plan = read_recipe(folder), read_plan(folder)
+        train, validation = split_rows(read_metrics(folder / "metrics.jsonl"))
         return cls(recipe["run_name"], recipe, plan, train, validation, read_samples(folder / "samples.md"))
+
+    def until(self, step: int) -> "RunRecord":
+        """The record as it was after `step`."""
+        train, validation = ([row for row in rows if row["step"] <= step] for rows in (self.train, self.validation))
+        samples = {number: text for number, text in self.samples.items() if number <= step}
+        return replace(self, train=train, validation=validation, samples=samples)
 
     @property
     def marks(self) -> list[tuple[int, str]]:

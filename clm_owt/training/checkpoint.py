@@ -2,7 +2,7 @@
 
     checkpoints/step-00000500/
       model.safetensors       parameters, by name (the tied head once)
-      optimizer.safetensors   AdamW's moments and step counts, as `<parameter>/<moment>`
+      optimizer.safetensors   the optimizer's state, as `<parameter>/<moment>`
       random_states.json      the random states of every process, by rank
       state.json              the TrainState
       complete.json           sizes and SHA-256 of the files above, written last
@@ -13,7 +13,6 @@ Nothing is pickled. A folder without a marker that fits its files is no checkpoi
 import hashlib
 import json
 import math
-import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
@@ -28,13 +27,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from clm_owt.console import print_lines
 from clm_owt.errors import InputError
+from clm_owt.files import PARTIAL, flush_to_disk
 from clm_owt.model.fp8 import transpose_linear_weights
 from clm_owt.state import TrainState
-from clm_owt.training.processes import Processes
+from clm_owt.training.processes import Processes, full_tensor
 
 MARKER = "complete.json"
-
-PARTIAL = ".partial"
 
 LEAVING = ".old" + PARTIAL
 
@@ -53,7 +51,7 @@ def take_snapshot(
     state: TrainState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, processes: Processes
 ) -> Snapshot | None:
     """Copy a run's state to host memory. Collective: every process calls it; all but the main one get None."""
-    is_main = processes.rank == 0
+    is_main = processes.is_main
     parameters = dict(model.named_parameters())
     moments = {
         f"{name}/{moment}": value
@@ -70,12 +68,12 @@ def take_snapshot(
 
 
 def copy_to_host(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """Copies on the CPU of whole tensors; sharded ones are gathered, which every process takes part in."""
+    """Copies of tensors on the CPU; sharded ones are gathered, which every process takes part in."""
     copies = {}
     for name, tensor in tensors.items():
-        whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        complete = full_tensor(tensor.detach())
         if keep:
-            copies[name] = whole.to("cpu", copy=True)
+            copies[name] = complete.to("cpu", copy=True)
     return copies
 
 
@@ -136,8 +134,8 @@ def set_random_state(saved: dict[str, list]) -> None:
 class CheckpointWriter:
     """Writes snapshots in the background, one at a time, on the main process.
 
-    A write that fails is told at once, leaves older checkpoints as they were, and is counted; what follows from it is
-    the caller's to decide.
+    A write that fails is reported at once, leaves older checkpoints as they were, and is counted; what follows from it
+    is the caller's to decide.
     """
 
     def __init__(
@@ -149,7 +147,7 @@ class CheckpointWriter:
     ):
         self.folder = folder
         self.total_limit = total_limit
-        self.saved_step: int | None = None  # the last that was written whole
+        self.saved_step: int | None = None  # the last that was written completely
         self.failed_in_a_row = 0
         self._on_written = on_written  # is called in the background, before the checkpoint can be pruned
         self._say = say
@@ -188,7 +186,7 @@ class CheckpointWriter:
 
 
 def write_snapshot(snapshot: Snapshot, folder: Path) -> Path:
-    """Write one checkpoint below `folder`; it has its name only once it is whole and on disk."""
+    """Write one checkpoint below `folder`; it has its name only once it is complete and on disk."""
     final = folder / f"step-{snapshot.state['step']:08d}"
     aside = final.with_name(final.name + PARTIAL)
     folder.mkdir(exist_ok=True)  # not its parents: a run's folder that is gone was on a disk that is gone
@@ -206,7 +204,7 @@ def write_snapshot(snapshot: Snapshot, folder: Path) -> Path:
         flush_to_disk(aside / MARKER)
         flush_to_disk(aside)
     except Exception:
-        shutil.rmtree(aside, ignore_errors=True)  # on a full disk its place is wanted
+        shutil.rmtree(aside, ignore_errors=True)  # makes room on a full disk
         raise
     if final.exists():  # the same step, from before a resumption further back
         remove(final)
@@ -226,15 +224,6 @@ def remove(checkpoint: Path) -> None:
 def fingerprint(file: Path) -> dict[str, object]:
     with file.open("rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync a file, or a folder (so that its entries survive a power cut)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def prune(folder: Path, total_limit: int) -> None:
@@ -262,13 +251,13 @@ def validation(checkpoint: Path) -> tuple[float, int]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints below `folder`, newest first, whole or not."""
+    """The checkpoints below `folder`, newest first, complete or not."""
     return sorted((p for p in folder.glob("step-*") if not p.name.endswith(PARTIAL)), reverse=True)
 
 
 def set_aside_newer(folder: Path, checkpoint: Path) -> None:
     """Take their names from the checkpoints below `folder` that are newer than the one a run continues from: they are
-    damaged, or of a course that is left. They stay until the next save is whole."""
+    damaged, or of a course that is left. They stay until the next save is complete."""
     for newer in checkpoints(folder):
         if newer.name > checkpoint.name:
             aside = newer.with_name(newer.name + PARTIAL)
@@ -276,8 +265,8 @@ def set_aside_newer(folder: Path, checkpoint: Path) -> None:
             newer.rename(aside)
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if it is whole."""
+def find_corruption(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if it is complete and unaltered."""
     try:
         listing = json.loads((checkpoint / MARKER).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -298,19 +287,19 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint below `folder` (None if there is none at all), and why newer ones were passed over.
+    """The newest usable checkpoint below `folder` (None if there is none at all), and why newer ones were passed over.
 
-    Raises InputError where there are checkpoints and none is whole: that is no reason to start anew.
+    Raises InputError where there are checkpoints and none is usable: that is no reason to start anew.
     """
     passed_over = []
     for checkpoint in checkpoints(folder):
-        reason = damage(checkpoint)
+        reason = find_corruption(checkpoint)
         if reason is None:
             return checkpoint, passed_over
         passed_over.append(f"{checkpoint}: {reason}")
     if passed_over:
         raise InputError(
-            "resume_from_checkpoint: no whole checkpoint:\n"
+            "resume_from_checkpoint: no complete checkpoint:\n"
             + "\n".join(f"  {line}" for line in passed_over)
             + f"\nremove {folder} to start anew, or give another output_dir"
         )

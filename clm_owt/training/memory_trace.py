@@ -7,13 +7,10 @@ of a GPU, and what torch.compile saves.
 """
 
 import dataclasses
-import functools
-import types
 import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,11 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from clm_owt.model import gpt2 as modeling
-from clm_owt.model import losses
+from clm_owt.batch import largest_share, loss_chunk_rows, softmax_rows
+from clm_owt.model.gpt2 import GPT2ForPretraining, build_model
+from clm_owt.model.losses import fused_linear_loss
+from clm_owt.optimizers import OPTIMIZERS
+from clm_owt.planning.devices import Hardware
 from clm_owt.recipe import Recipe
-from clm_owt.training.device_memory import start_threads
-from clm_owt.training.optim import build_optimizer
+from clm_owt.training.device_memory import process_sizes, start_threads
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "loss")
 
@@ -83,59 +82,40 @@ class LiveStorages(TorchDispatchMode):
             self.part = before
 
 
-def trace_step(recipe: Recipe, vocab_size: int, micro_batch: int, **setting: object) -> dict[str, int]:
+def trace_step(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Hardware) -> dict[str, int]:
     """Bytes of one process at the largest moment of a step, by part; nothing of that size is allocated.
 
-    `setting`: as of `trace_layers`. Blocks being alike, models of more than three layers are extrapolated from two and
-    three.
+    Blocks being alike, models of more than three layers are extrapolated from two and three.
     """
     if recipe.n_layer <= 3:
-        return trace_layers(recipe, vocab_size, micro_batch, **setting)
+        return trace_layers(recipe, vocab_size, micro_batch, hardware)
     two, three = (
-        trace_layers(dataclasses.replace(recipe, n_layer=layers), vocab_size, micro_batch, **setting)
+        trace_layers(dataclasses.replace(recipe, n_layer=layers), vocab_size, micro_batch, hardware)
         for layers in (2, 3)
     )
     return {part: three[part] + (recipe.n_layer - 3) * (three[part] - two[part]) for part in PARTS}
 
 
-def trace_layers(
-    recipe: Recipe,
-    vocab_size: int,
-    micro_batch: int,
-    *,
-    mixed_precision: str = "no",
-    device_type: str = "cpu",
-    device_memory: int = 0,
-) -> dict[str, int]:
-    """As `trace_step`, with all layers. The operations are those of a CPU; for another `device_type` with
-    `device_memory` bytes the loss is cut as there."""
+def trace_layers(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Hardware) -> dict[str, int]:
+    """As `trace_step`, with all layers. The operations are those of a CPU; the loss is cut as on `hardware`."""
     tracker = LiveStorages()
-    device = torch.device(device_type)
-    device_properties = types.SimpleNamespace(total_memory=device_memory)
 
     def loss(*arguments, **settings):
         with tracker.creating("loss"):
-            return losses.fused_linear_loss(*arguments, **settings)
+            return fused_linear_loss(
+                *arguments,
+                **settings,
+                chunk_rows=loss_chunk_rows(vocab_size, hardware.device_type, hardware.memory),
+                block_rows=softmax_rows(vocab_size, hardware.device_type),
+            )
 
-    def as_on_device(function, vocab_size, _):
-        return function(vocab_size, device)
-
-    cut = {
-        name: functools.partial(as_on_device, getattr(losses, name)) for name in ("default_chunk_rows", "_block_rows")
-    }
-    with (
-        FakeTensorMode(),
-        mock.patch.multiple(losses, **cut),
-        mock.patch.object(torch.cuda, "get_device_properties", lambda device: device_properties),
-        mock.patch.object(modeling, "fused_linear_loss", loss),
-        mock.patch.object(modeling, "check_initialisation", lambda model: None),  # there is no data to check
-        tracker,
-    ):
+    with FakeTensorMode(), tracker:
         with tracker.creating("weights"):
-            model = modeling.build_model(recipe, vocab_size, eos_token_id=0)
+            model = build_model(recipe, vocab_size, eos_token_id=0, check_weights=False)
+            model.linear_loss = loss
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: tracker.assign(p.grad, "gradients"))
-        optimizer = build_optimizer(model, recipe)
+        optimizer = OPTIMIZERS[recipe.optimizer].build(model, recipe)
         # In the middle of a run: the optimizer has its state, and where the global batch is larger than a micro-batch
         # the gradients of earlier ones lie in memory.
         for parameter in model.parameters():
@@ -143,18 +123,16 @@ def trace_layers(
             tracker.assign(parameter.grad, "gradients")
         with tracker.creating("optimizer"):
             optimizer.step()
-        if recipe.effective_batch_size <= micro_batch:
+        if largest_share(recipe.effective_batch_size, hardware.processes) <= micro_batch:
             optimizer.zero_grad(set_to_none=True)
         tracker.peak = Counter()
-        forward_and_backward(model, recipe, micro_batch, mixed_precision)
+        forward_and_backward(model, recipe, micro_batch, hardware.mixed_precision)
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
         optimizer.step()
     return {part: tracker.peak[part] for part in PARTS}
 
 
-def forward_and_backward(
-    model: modeling.GPT2ForPretraining, recipe: Recipe, micro_batch: int, mixed_precision: str
-) -> None:
+def forward_and_backward(model: GPT2ForPretraining, recipe: Recipe, micro_batch: int, mixed_precision: str) -> None:
     blocks = torch.zeros(micro_batch, recipe.block_size, dtype=torch.int64, device=model.device)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision != "no"):
         output = model(input_ids=blocks, labels=blocks, num_items_in_batch=blocks.numel())
@@ -177,25 +155,19 @@ def measure_step(recipe: Recipe, vocab_size: int, micro_batch: int, mixed_precis
         take_real_steps(recipe, vocab_size, micro_batch, mixed_precision, device)
         return torch.cuda.max_memory_allocated(device) - before
     start_threads()
-    before = process_status("VmRSS")
+    before = process_sizes()["VmRSS"]
     take_real_steps(recipe, vocab_size, micro_batch, mixed_precision, device)
-    return process_status("VmHWM") - before
+    return process_sizes()["VmHWM"] - before
 
 
 def take_real_steps(
     recipe: Recipe, vocab_size: int, micro_batch: int, mixed_precision: str, device: torch.device
 ) -> None:
-    model = modeling.build_model(recipe, vocab_size, eos_token_id=0).to(device)
-    optimizer = build_optimizer(model, recipe)
+    model = build_model(recipe, vocab_size, eos_token_id=0).to(device)
+    optimizer = OPTIMIZERS[recipe.optimizer].build(model, recipe)
     for _ in range(2):
         for _ in range(1 + (recipe.effective_batch_size > micro_batch)):  # more micro-batches need no more memory
             forward_and_backward(model, recipe, micro_batch, mixed_precision)
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-def process_status(field: str) -> int:
-    """Bytes, of a memory field of /proc/self/status (Linux)."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))

@@ -1,7 +1,6 @@
-"""AdamW with decay on matrices only, and the cosine schedule that ends at a floor."""
+"""What builds the optimizers of clm_owt/optimizers.py, and their learning rate; and which steps are outliers."""
 
 import statistics
-from collections.abc import Callable
 
 import torch
 from torch.optim import AdamW, Optimizer
@@ -9,11 +8,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from clm_owt.recipe import Recipe
+from clm_owt.schedule import rate_factor
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")
 
 
-def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> AdamW:
+def build_adamw(model: torch.nn.Module, recipe: Recipe) -> AdamW:
     """AdamW over two groups: matrices and embeddings decay, biases and LayerNorm gains (one dimension) do not.
 
     The tied embedding is one parameter. The fused kernel is taken where the parameters' device has one.
@@ -35,36 +35,25 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> AdamW:
 def build_schedule(
     optimizer: Optimizer, warmup_steps: int, total_steps: int, min_lr_ratio: float, completed_steps: int = 0
 ) -> LambdaLR:
-    """`get_cosine_schedule_with_warmup`, its decay rescaled to end at `min_lr_ratio` of the peak and to stay there.
+    """`get_cosine_schedule_with_warmup` with `rate_factor`, which ends at `min_lr_ratio` of the peak, for its factor.
 
     Equal to `get_cosine_with_min_lr_schedule_with_warmup(min_lr_rate=min_lr_ratio)` up to `total_steps`. To be stepped
     once per optimizer step, by every process: it is not to be passed to `Accelerator.prepare`, which would step it
     once per process. Optimizer step 1 is taken at the factor of 0, step `completed_steps` + 1 at that of
     `completed_steps`.
     """
+
+    def factor(step: int) -> float:
+        return rate_factor(step, warmup_steps, total_steps, min_lr_ratio)
+
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
-    schedule.lr_lambdas = [with_floor(f, warmup_steps, total_steps, min_lr_ratio) for f in schedule.lr_lambdas]
+    schedule.lr_lambdas = [factor for _ in schedule.lr_lambdas]
     if completed_steps:
         schedule.load_state_dict(
             schedule.state_dict() | {"last_epoch": completed_steps - 1, "_step_count": completed_steps + 1}
         )
         schedule.step()
     return schedule
-
-
-def with_floor(
-    factor: Callable[[int], float], warmup_steps: int, total_steps: int, min_lr_ratio: float
-) -> Callable[[int], float]:
-    """The factor r + (1 - r)·f(step) in the decay, f(step) in the warm-up, r after the end (where f rises again)."""
-
-    def floored(step: int) -> float:
-        if step < warmup_steps:
-            return factor(step)
-        if step >= total_steps:
-            return min_lr_ratio
-        return min_lr_ratio + (1.0 - min_lr_ratio) * factor(step)
-
-    return floored
 
 
 class OutlierGuard:

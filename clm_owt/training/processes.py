@@ -1,125 +1,27 @@
-"""The machine a run finds itself on: its processes, its device, and what they must agree on."""
+"""The processes of a run: what they do together, and what they must agree on."""
 
-import os
-import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, Self, TypeVar
 
-import datasets
 import torch
 import torch.distributed as dist
-import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from clm_owt.console import print_lines
-from clm_owt.data.builder import Builder
 from clm_owt.errors import InputError, RunFailed
-from clm_owt.recipe import Recipe
 from clm_owt.stopping import Stopped, StopRequest
+from clm_owt.training.device_memory import is_out_of_memory, release_cached_memory
 
 T = TypeVar("T")
 
-UNSUPPORTED = {
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config (tensor or context parallelism)",
-    "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params",
-    "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing (the recipe's gradient_checkpointing decides)",
-}
 
-
-def quiet_libraries() -> None:
-    """Keep back what libraries say that a user of a recipe can do nothing about: progress bars of downloads, hints on
-    arguments that this program chose."""
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step")
-
-
-def create_accelerator(recipe: Recipe) -> Accelerator:
-    """The Accelerator of this process, refused where the machine's configuration cannot keep a recipe's promises."""
-    refuse_unkept_settings()
-    accelerator = Accelerator()
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise InputError(
-            f"accelerate config: {launched} processes were launched but each came up alone; on CPU use "
-            "distributed_type: MULTI_GPU with use_cpu: true and set ACCELERATE_USE_CPU=true in the environment"
-        )
-    if asks_for("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
-        raise InputError(
-            "accelerate config: FSDP comes up as version 1, or on a CPU as a copy of the model in each process; set "
-            "fsdp_version: 2 (accelerate_configs/fsdp2.yaml), or on a CPU take accelerate_configs/cpu_2proc.yaml"
-        )
-    if accelerator.mixed_precision == "fp16":
-        raise InputError(
-            "accelerate config: mixed_precision fp16 needs a loss scale, which this loop has not; use bf16, or no"
-        )
-    set_seed(recipe.seed)
-    if recipe.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")
-    return accelerator
-
-
-def refuse_unkept_settings() -> None:
-    """Raises InputError for settings of an Accelerate config that this loop would go against or pass over in silence.
-    `accelerate launch` hands them down in the environment."""
-    problems = []
-    if asks_for("ACCELERATE_USE_DEEPSPEED"):
-        problems.append(
-            "DeepSpeed is not supported: its engine takes the optimizer step inside backward, so neither the check "
-            "for finite numbers nor a repeated step could hold; use FSDP2 (accelerate_configs/fsdp2.yaml)"
-        )
-    for variable, name in UNSUPPORTED.items():
-        if asks_for(variable):
-            problems.append(f"{name} is not supported; take a file of accelerate_configs/")
-    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    if dynamo.lower() != "no":
-        problems.append(
-            f"dynamo_backend {dynamo} stands beside the recipe's torch_compile, which decides; set dynamo_backend: no"
-        )
-    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if accumulation != "1":
-        problems.append(
-            f"gradient_accumulation_steps {accumulation} stands beside the recipe's effective_batch_size, from which "
-            "the number of micro-batches follows; remove it"
-        )
-    if problems:
-        raise InputError("\n".join(f"accelerate config: {problem}" for problem in problems))
-
-
-def asks_for(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
-
-
-class WaitingCheck:
-    """Called over and over while the run waits for data, with what it waits for: lets a stop and the builder's death
-    end the waiting, passes on what the builder says, and says once every few seconds what is waited for."""
-
-    def __init__(self, stop: StopRequest, builder: Builder, say: Callable[..., None], say_every: float = 10.0):
-        self._stop, self._builder, self._say, self._every = stop, builder, say, say_every
-        self._said_at = time.monotonic()
-
-    def __call__(self, waiting_for: str = "") -> None:
-        self._stop.check()
-        self.pass_on_news()
-        self._builder.check(waiting_for)
-        if waiting_for and time.monotonic() - self._said_at > self._every:
-            self._said_at = time.monotonic()
-            self._say(f"waiting for {waiting_for}")
-
-    def pass_on_news(self) -> None:
-        self._say(*self._builder.news())
+class DoesNotFit(Exception):
+    """A process ran out of memory, and all of them have agreed on it: the micro-batch is too large."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +45,8 @@ class Processes:
         self.count = accelerator.num_processes
         self.device = accelerator.device
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.is_main = accelerator.is_main_process  # which writes and prints
+        self.is_first_of_machine = accelerator.is_local_main_process  # which does what is done once a machine
         self._cpu_group = dist.new_group(backend="gloo") if self.count > 1 else None
 
     def __enter__(self) -> Self:
@@ -152,6 +56,36 @@ class Processes:
         expected = kind is None or issubclass(kind, (SystemExit, InputError, RunFailed))
         if expected and dist.is_initialized():
             dist.destroy_process_group()
+
+    def attempt(self, work: Callable[[], T], stop: StopRequest, discard: Callable[[], object] = lambda: None) -> T:
+        """What `work()` gives, once all processes have agreed that it succeeded on each of them. Collective.
+
+        `work` itself must not be: a process that runs out of memory in it, or is told to stop, leaves it alone. Then
+        each process discards what the attempt left, and all raise DoesNotFit or Stopped together. Any other error is
+        raised at once, where it happens.
+        """
+        result, out_of_memory = None, False
+        try:
+            result = work()
+        except Stopped:
+            pass  # the others learn of it in the agreement
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            out_of_memory = True
+        # The error is gone by now, and with its traceback the tensors that it held.
+        if out_of_memory:
+            discard()
+            release_cached_memory()  # before the others go on: on a CPU it is theirs too
+        verdict = self.agree(out_of_memory, stop.signum)
+        if not verdict.out_of_memory and verdict.signum is None:
+            return result
+        del result
+        discard()
+        release_cached_memory()
+        if verdict.signum is not None:
+            raise Stopped(verdict.signum)
+        raise DoesNotFit
 
     def agree(self, out_of_memory: bool = False, signum: int | None = None) -> Verdict:
         if self._cpu_group is None:
@@ -205,9 +139,9 @@ class Processes:
 
     def on_main(self, function: Callable[..., T], *arguments: object) -> T:
         """What `function(*arguments)` gives on the main process, on every process; an InputError there ends them all,
-        and the main process tells it."""
+        and the main process prints it."""
         result: T | InputError | None = None
-        if self.rank == 0:
+        if self.is_main:
             try:
                 result = function(*arguments)
             except InputError as error:
@@ -215,16 +149,16 @@ class Processes:
         if self.count > 1:
             result = broadcast_object_list([result])[0]
         if isinstance(result, InputError):
-            raise result if self.rank == 0 else SystemExit(2)
+            raise result if self.is_main else SystemExit(2)
         return result
 
     def refuse(self, message: str) -> NoReturn:
-        """Leave with an InputError, which only the main process tells. All processes call it."""
-        raise (InputError(message) if self.rank == 0 else SystemExit(2)) from None
+        """Leave with an InputError, which only the main process prints. All processes call it."""
+        raise (InputError(message) if self.is_main else SystemExit(2)) from None
 
     def say(self, *lines: str) -> None:
         """Print lines, on the main process only."""
-        if self.rank == 0 and lines:
+        if self.is_main and lines:
             print_lines(*lines)
 
     def gather(self, value: object) -> list[object]:
@@ -234,3 +168,8 @@ class Processes:
         values: list[object] = [None] * self.count
         dist.all_gather_object(values, value, group=self._cpu_group)
         return values
+
+
+def full_tensor(value: torch.Tensor) -> torch.Tensor:
+    """A tensor that may lie in shards on the processes, as FSDP2's parameters and gradients do. Collective, then."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

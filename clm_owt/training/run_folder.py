@@ -9,27 +9,26 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-import yaml
 from transformers import PreTrainedTokenizerBase
 
-from clm_owt.data.ngrams import ngram_losses
+from clm_owt.data.ngrams import ngram_baselines
 from clm_owt.data.sources import Source
 from clm_owt.data.token_store import TokenStore
 from clm_owt.errors import InputError
-from clm_owt.formatting import clock
+from clm_owt.files import replacing_folder, write_text
+from clm_owt.formatting import format_clock
 from clm_owt.model.fp8 import transpose_linear_weights
 from clm_owt.model.gpt2 import GPT2ForPretraining
+from clm_owt.planning.devices import Hardware
 from clm_owt.planning.plan import Plan
-from clm_owt.recipe import Recipe, show
-from clm_owt.reports.record import read_metrics
+from clm_owt.recipe import Recipe, default_of, show
+from clm_owt.reports.record import read_metrics, read_plan, read_recipe
 from clm_owt.state import TrainState
-from clm_owt.training.checkpoint import copy_to_host, damage, find_newest, flush_to_disk
+from clm_owt.training.checkpoint import copy_to_host, find_corruption, find_newest
 from clm_owt.training.micro_batch_search import MicroBatchSearch
 from clm_owt.training.processes import Processes
 
-# Data up to this size are also modelled by unigrams and bigrams, for comparison; it takes seconds.
+# Data up to this many tokens are also modelled by unigrams and bigrams, for comparison; it takes seconds.
 BASELINE_TOKENS = 20_000_000
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "gigatoken", "huggingface_hub", "numpy")
 
@@ -55,6 +54,11 @@ class ExistingRun:
             return []
         step = json.loads((self.checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
         return [before for before in (self.plan or {}).get("resumed_after", []) if before <= step] + [step]
+
+    @property
+    def reached(self) -> str:
+        """How far the run is and what is saved of it, for the line that is printed when it is stopped."""
+        return f"after step {self.resumed_after[-1]}, saved" if self.checkpoint else "before the first step"
 
     @property
     def micro_batch_search(self) -> dict[str, object] | None:
@@ -99,9 +103,9 @@ def find_existing_run(recipe: Recipe) -> ExistingRun:
                 f"resume_from_checkpoint: {checkpoint} does not lie in a run's folder, with recipe.yaml and plan.json "
                 "two levels above it"
             )
-        reason = damage(checkpoint)
+        reason = find_corruption(checkpoint)
         if reason is not None:
-            raise InputError(f"resume_from_checkpoint: {checkpoint}: {reason}; give a whole one, or auto")
+            raise InputError(f"resume_from_checkpoint: {checkpoint}: {reason}; give a complete one, or auto")
     finished = recipe.resume_from_checkpoint == "auto" and bool(plan) and "finished" in plan
     remarks = tuple(f"Passed over {line}" for line in passed_over)
     return ExistingRun(plan, checkpoint, remarks, finished)
@@ -112,18 +116,15 @@ def plan_of_same_run(recipe: Recipe, folder: Path) -> dict[str, object] | None:
     if not ((folder / "recipe.yaml").exists() and (folder / "plan.json").exists()):
         return None
     try:
-        begun = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        plan = read_plan(folder)
-        begun_settings = {name: begun.get(name) for name in recipe.result_settings()}
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise InputError(
-            f"output_dir: recipe.yaml or plan.json in {folder} cannot be read ({' '.join(str(error).split())});\n"
-            "  restore them from a copy, or give another output_dir"
-        ) from error
+        begun, plan = read_recipe(folder), read_plan(folder)
+    except InputError as error:
+        raise InputError(f"output_dir: {error};\n  restore it from a copy, or give another output_dir") from error
+    # A key that did not exist yet when the run began had its default's effect.
+    before = {name: begun.get(name, default_of(name)) for name in recipe.result_settings()}
     now = recipe.to_dict()
-    different = [name for name, value in begun_settings.items() if value != now[name]]
+    different = [name for name, value in before.items() if value != now[name]]
     if different:
-        changes = ", ".join(f"{name}: {show(begun_settings[name])} -> {show(now[name])}" for name in different)
+        changes = ", ".join(f"{name}: {show(before[name])} -> {show(now[name])}" for name in different)
         if (folder / "model").exists():
             way_on = f"or begin a new run from its weights: --init_from {folder}/model --output_dir {folder}-2"
         else:
@@ -133,21 +134,27 @@ def plan_of_same_run(recipe: Recipe, folder: Path) -> dict[str, object] | None:
 
 
 def begin(
-    recipe: Recipe, plan: Plan, search: MicroBatchSearch, source: Source, store: str, resumed_after: list[int]
+    recipe: Recipe,
+    plan: Plan,
+    search: MicroBatchSearch,
+    hardware: Hardware,
+    source: Source,
+    store: str,
+    existing: ExistingRun,
 ) -> None:
-    """Create the run's folder, or renew recipe.yaml and plan.json in it; each is replaced in one piece."""
+    """Create the run's folder, or renew recipe.yaml and plan.json in it. `store` is the name of the token store."""
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_aside(folder / "recipe.yaml", recipe.to_yaml())
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
     content = {
         **plan.to_dict(),
         "micro_batch_search": search.to_dict(),
         "source": json.loads(source.to_json()),
         "store": store,
-        "resumed_after": resumed_after,
-        "environment": environment(),
+        "resumed_after": existing.resumed_after,
+        "environment": environment(hardware),
     }
-    write_aside(folder / "plan.json", json.dumps(content, indent=2) + "\n")
+    write_plan(folder, content)
 
 
 def export(
@@ -159,43 +166,29 @@ def export(
     processes: Processes,
 ) -> None:
     """Write `model/` with model and tokenizer, in one piece, and the end of the run to plan.json. Collective."""
-    weights = transpose_linear_weights(model, copy_to_host(dict(model.named_parameters()), keep=processes.rank == 0))
-    if processes.rank != 0:
+    parameters = copy_to_host(dict(model.named_parameters()), keep=processes.is_main)
+    if not processes.is_main:
         return
     folder = Path(recipe.output_dir)
-    aside = folder / "model.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside, state_dict=weights)
-    tokenizer.save_pretrained(aside)
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    aside.rename(folder / "model")
+    with replacing_folder(folder / "model") as aside:
+        model.save_pretrained(aside, state_dict=transpose_linear_weights(model, parameters))
+        tokenizer.save_pretrained(aside)
     end: dict[str, object] = {"finished": True, "elapsed_seconds": round(state.elapsed_seconds, 1)}
     if store.complete and store.train_blocks * recipe.block_size <= BASELINE_TOKENS:
-        train_blocks = store.train.read(np.arange(store.train_blocks))
-        validation_blocks = store.validation.read(np.arange(len(store.validation)))
-        unigram, bigram = ngram_losses(train_blocks, validation_blocks, len(tokenizer))
-        end["baselines"] = {"unigram": unigram, "bigram": bigram}
-    plan = read_plan(folder) | end
-    write_aside(folder / "plan.json", json.dumps(plan, indent=2) + "\n")
+        end["baselines"] = ngram_baselines(store, recipe.seed, state.position, len(tokenizer))
+    write_plan(folder, read_plan(folder) | end)
 
 
-def read_plan(folder: Path) -> dict[str, object]:
-    return json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+def write_plan(folder: Path, content: dict[str, object]) -> None:
+    write_text(folder / "plan.json", json.dumps(content, indent=2) + "\n")
 
 
-def write_aside(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    flush_to_disk(aside)
-    aside.replace(path)
-
-
-def environment() -> dict[str, object]:
+def environment(hardware: Hardware) -> dict[str, object]:
     """What the run runs on, for whoever wants to repeat it."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": hardware.device_name,
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "git_commit": git_commit(),
     }
@@ -219,17 +212,26 @@ def summarize(folder: Path) -> list[str]:
     rates = sorted(row["tokens_per_second"] for row in trainings)
     lines = [
         f"Finished {folder.name}: {last['step']} steps, {last['tokens']:,} tokens in "
-        f"{clock(plan['elapsed_seconds'])}, {rates[len(rates) // 2]:,.0f} tokens/s (median)",
+        f"{format_clock(plan['elapsed_seconds'])}, {rates[len(rates) // 2]:,.0f} tokens/s (median)",
         f"  validation loss {first['loss']:.4f} -> {last['loss']:.4f}, perplexity {last['perplexity']:,.2f}; "
         f"last training loss {trainings[-1]['loss']:.4f}",
     ]
-    baselines = plan.get("baselines")
-    if baselines:
-        lines.append(
-            f"  on the same tokens a unigram model has {baselines['unigram']:.4f}, "
-            f"a smoothed bigram model {baselines['bigram']:.4f}"
-        )
+    lines += baseline_lines(plan.get("baselines"))
     lines.append(f"  model in {folder / 'model'}, metrics in {folder / 'metrics.jsonl'}")
     if (folder / "samples.md").exists():
         lines.append(f"  samples in {folder / 'samples.md'}")
     return lines
+
+
+def baseline_lines(baselines: dict[str, float] | None) -> list[str]:
+    """What n-gram models reach on the same validation blocks. (A plan.json of an older version has one fit only.)"""
+    if not baselines or "unigram_all" not in baselines:
+        return []
+    fits = [f"  n-gram models of the {baselines['blocks']:,} blocks that it saw: unigram {baselines['unigram']:.4f}, "
+            f"smoothed bigram {baselines['bigram']:.4f}"]  # fmt: skip
+    if baselines["blocks_all"] > baselines["blocks"]:
+        fits.append(
+            f"  of all {baselines['blocks_all']:,} training blocks: unigram {baselines['unigram_all']:.4f}, "
+            f"smoothed bigram {baselines['bigram_all']:.4f}"
+        )
+    return fits

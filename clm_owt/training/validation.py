@@ -1,28 +1,13 @@
 """Validation loss and perplexity: cross-entropy over every predicted token of the validation blocks, each once."""
 
-from dataclasses import dataclass
-
 import torch
 from accelerate import Accelerator
 
-from clm_owt.batch import cut
+from clm_owt.batch import IGNORE_INDEX, cut
 from clm_owt.data.token_store import Split
-from clm_owt.model.losses import IGNORE_INDEX
-from clm_owt.stopping import Stopped, StopRequest
-from clm_owt.training.device_memory import is_out_of_memory, release_cached_memory
-from clm_owt.training.micro_batch_search import DoesNotFit
+from clm_owt.model.losses import LossStatistics
+from clm_owt.stopping import StopRequest
 from clm_owt.training.processes import Processes
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Means over all predicted tokens: `loss` in nats, its exponential, and the sharpness statistics."""
-
-    loss: float
-    perplexity: float
-    penalty: float
-    max_prob: float
-    entropy: float
 
 
 def evaluate(
@@ -33,21 +18,19 @@ def evaluate(
     accelerator: Accelerator,
     processes: Processes,
     stop: StopRequest,
-) -> Evaluation:
-    """Evaluate on all validation blocks, shared out over the processes; every token weighs the same.
+) -> LossStatistics:
+    """Means over all predicted tokens of the validation blocks, which are shared out over the processes; `loss` is the
+    cross-entropy, whatever the penalty.
 
     Raises Stopped, on all processes together, when any was told to stop, and DoesNotFit when any ran out of memory
     (but that error itself under FSDP2, whose forward is collective).
     """
     blocks = len(validation)
     predicted_tokens = blocks * (block_size - 1)
-    counted_tokens = 0
-    # The sums of the micro-batches are added up in float64 on the CPU (MPS has no float64).
-    totals = torch.zeros(4, dtype=torch.float64)
-    was_training = model.training
-    out_of_memory = False
-    model.eval()
-    try:
+
+    def work() -> tuple[torch.Tensor, int]:
+        """This process's sums, float64 [5] on the CPU (MPS has no float64), and the tokens that they are of."""
+        totals, counted = torch.zeros(len(LossStatistics._fields), dtype=torch.float64), 0
         for piece in cut(blocks, processes.count, processes.rank, micro_batch, equal_counts=processes.sharded):
             if processes.sharded:
                 processes.agree_to_stop(stop)
@@ -57,28 +40,22 @@ def evaluate(
             labels = piece.labels(input_ids)
             with torch.no_grad(), accelerator.autocast():
                 output = model(input_ids=input_ids, labels=labels, num_items_in_batch=predicted_tokens)
-            counted_tokens += int((labels[:, 1:] != IGNORE_INDEX).sum())
-            totals += torch.stack([output.ce_loss, output.penalty, output.max_prob, output.entropy]).double().cpu()
-    except Stopped:
-        pass  # the others learn of it in the agreement
-    except Exception as error:
-        if processes.sharded or not is_out_of_memory(error):
-            raise
-        out_of_memory = True
+            counted += int((labels[:, 1:] != IGNORE_INDEX).sum())
+            totals += torch.stack(output).double().cpu()
+        return totals, counted
+
+    was_training = model.training
+    model.eval()
+    try:
+        totals, counted = work() if processes.sharded else processes.attempt(work, stop)
     finally:
         model.train(was_training)
-    verdict = processes.agree(out_of_memory, stop.signum)
-    if verdict.signum is not None:
-        raise Stopped(verdict.signum)
-    if verdict.out_of_memory:
-        release_cached_memory()
-        raise DoesNotFit
     # Imported here, since `evaluate` brings its own imports: 0.2 s beside those of a training.
     from clm_owt.model.perplexity import Perplexity
 
+    ce_loss = totals[LossStatistics._fields.index("ce_loss")].item()
     metric = Perplexity()
-    for nll_sum, n_tokens in processes.gather((totals[0].item() * predicted_tokens, counted_tokens)):
+    for nll_sum, n_tokens in processes.gather((ce_loss * predicted_tokens, counted)):
         metric.add(nll_sum=nll_sum, n_tokens=n_tokens)
-    result = metric.compute()
-    _, penalty, max_prob, entropy = processes.sum_on_cpu(totals).tolist()
-    return Evaluation(result["loss"], result["perplexity"], penalty, max_prob, entropy)
+    loss = metric.compute()["loss"]
+    return LossStatistics(*processes.sum_on_cpu(totals).tolist())._replace(loss=loss, ce_loss=loss)

@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from clm_owt.data.encoding import Encoder, TokenizerFolder, load_tokenizer, train_tokenizer
+from clm_owt.data.encoding import Encoder
+from clm_owt.data.tokenizer_files import TokenizerFolder, load_tokenizer, train_tokenizer
 from clm_owt.errors import InputError
 
 

@@ -9,20 +9,22 @@ from pathlib import Path
 import pytest
 from support.hub_fixtures import GPT2, OPENWEBTEXT
 
-from clm_owt.data.retries import PAUSES, may_pass
+from clm_owt.data.retries import READ_PAUSES, is_transient
 from clm_owt.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 
 BUILD = """
 import json, sys
-from clm_owt.data import sources
-from clm_owt.data.builder import build
+from clm_owt import hub_client
+from clm_owt.data import documents
+from clm_owt.data.building import build
+from clm_owt.data.sources import resolve_source
 from clm_owt.recipe_reader import load_recipe
-sources.SECONDS_OF_SILENCE = 1.0
-sources.PAUSES = sources.PAUSES[:int(sys.argv[2])]
+hub_client.TIMEOUT_SECONDS = 1.0
+documents.READ_PAUSES = documents.READ_PAUSES[:int(sys.argv[2])]
 recipe = load_recipe(json.loads(sys.argv[1]))
-build(recipe, sources.resolve_source(recipe))
+build(recipe, resolve_source(recipe))
 """
 
 
@@ -58,7 +60,7 @@ def test_503_resets_stalls_and_cuts_change_nothing_in_the_data_and_are_said(owt_
 
 
 def test_a_server_that_stays_away_is_an_error_and_the_store_goes_on_when_it_is_back(owt_hub, tmp_path):
-    assert sum(PAUSES) == 363  # what the README says: about six minutes
+    assert sum(READ_PAUSES) == 363  # what docs/data.md says: about six minutes
     result = build_store(owt_hub, tmp_path / "quiet", tokenizer=GPT2)
     last_file = owt_hub.requests("/storage/*")[-1].path
     away = owt_hub.fault(last_file, status=503, times=math.inf)
@@ -77,7 +79,7 @@ def test_a_server_that_stays_away_is_an_error_and_the_store_goes_on_when_it_is_b
     assert shards(tmp_path / "left") == shards(tmp_path / "quiet") != begun
 
 
-def test_what_will_not_pass_is_not_tried_again(owt_hub, tmp_path):
+def test_an_error_that_will_not_pass_is_not_tried_again(owt_hub, tmp_path):
     owt_hub.fault("/api/datasets/*", status=404, times=9)
     result = build_store(owt_hub, tmp_path / "cache")
     assert result.returncode == 1
@@ -86,11 +88,11 @@ def test_what_will_not_pass_is_not_tried_again(owt_hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cause", "passes"),
+    ("cause", "transient"),
     [(ConnectionResetError(), True), (TimeoutError(), True), (ValueError("5"), False), (FileNotFoundError(), False)],
 )
-def test_only_troubles_of_the_connection_pass(cause, passes):
+def test_only_errors_of_the_connection_are_transient(cause, transient):
     try:
         raise InputError("x: cannot be read") from cause
     except InputError as error:
-        assert may_pass(error) == passes
+        assert is_transient(error) == transient

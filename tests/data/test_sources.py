@@ -1,7 +1,7 @@
-import ast
+"""Which documents a recipe means, and reading them: formats, resuming, bad data."""
+
 import gzip
 import json
-import sysconfig
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,10 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from support.hub_server import HubServer
 
-from clm_owt.data.builder import build
+from clm_owt.data.building import build
 from clm_owt.data.documents import Position, read_documents
-from clm_owt.data.ngrams import ngram_losses
-from clm_owt.data.python_docs import docstrings, python_docs
 from clm_owt.data.sources import Source, remember_refs, resolve_source
 from clm_owt.errors import InputError
 from clm_owt.recipe import Recipe
@@ -200,57 +198,3 @@ def test_a_source_survives_json(tmp_path):
         resolve_source(recipe(tmp_path, dataset_name="python-docs")),
     ):
         assert Source.from_json(source.to_json()) == source
-
-
-# the built-in corpus
-
-
-def by_ast(source: bytes) -> set[str]:
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
-    return {text for text in found if text and len(text) >= 200}
-
-
-@pytest.mark.parametrize("package", [".", "asyncio", "concurrent/futures", "email", "unittest", "xml/etree"])
-def test_docstrings_are_those_that_ast_finds(package):
-    """The lexer is 10 times as fast as `ast.parse`; in the standard library it differs nowhere but once: a string
-    that opens an `if` in ctypes."""
-    for file in sorted((Path(sysconfig.get_paths()["stdlib"]) / package).glob("[a-l]*.py")):
-        source = file.read_bytes()
-        assert set(docstrings(source)) == by_ast(source), file
-
-
-def test_strings_that_only_look_like_docstrings_are_not_taken():
-    long = b"words " * 50
-    source = (
-        b"x = '''\nfoo:\n'''\n" + b'y = {"key": """' + long + b'"""}\n# """\n' + b'def f():\n    # """ in a comment\n'
-    )
-    source += b'    s = \'"""\'\n    return """' + long + b'"""\n'
-    assert not by_ast(source) and not list(docstrings(source))
-    assert list(docstrings(b"x = '''\nfoo:\n'''\n# \"\"\"\ndef f():\n    # a\n    r'''" + long + b"'''\n")) == [
-        long.decode()
-    ]
-
-
-def test_the_corpus_is_5_to_15_megabytes_of_different_documents_in_a_fixed_order():
-    corpus = python_docs()
-    python_docs.cache_clear()
-    assert python_docs() == corpus
-    assert len(set(corpus)) == len(corpus)
-    assert min(map(len, corpus)) >= 200
-    assert 5e6 < sum(len(text.encode()) for text in corpus) < 15e6
-
-
-# what counting reaches
-
-
-def test_ngram_losses_are_those_computed_by_hand():
-    import numpy as np
-
-    train = np.array([[0, 1, 0, 1], [0, 2, 0, 1]])
-    validation = np.array([[0, 1, 2]])
-    unigram = np.array([4 + 1, 3 + 1, 1 + 1]) / (8 + 3)
-    bigram_01 = (3 + 200 * unigram[1]) / (4 + 200)  # 0 is followed by 1, 1, 2, 1
-    bigram_12 = (0 + 200 * unigram[2]) / (2 + 200)  # 1 by 0 and 0; the last 1 by nothing
-    expected = -np.log(unigram[[1, 2]]).mean(), -np.log([bigram_01, bigram_12]).mean()
-    assert ngram_losses(train, validation, 3) == pytest.approx(expected, rel=1e-12)

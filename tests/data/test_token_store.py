@@ -13,14 +13,15 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from clm_owt.data import parts
-from clm_owt.data.builder import Builder, build
+from clm_owt.data.builder import Builder
+from clm_owt.data.building import build, encode_parts
 from clm_owt.data.documents import Position
-from clm_owt.data.encoding import load_tokenizer
 from clm_owt.data.order import TrainingBlocks
 from clm_owt.data.packing import StoreWriter, write_store
 from clm_owt.data.parts import Encoded, groups_of_documents, with_end_of_text
 from clm_owt.data.sources import resolve_source
 from clm_owt.data.token_store import TokenStore
+from clm_owt.data.tokenizer_files import load_tokenizer
 from clm_owt.errors import InputError
 from clm_owt.recipe import Recipe
 
@@ -69,7 +70,7 @@ def built(recipe: Recipe) -> TokenStore:
     source = resolve_source(recipe)
     build(recipe, source)
     store = TokenStore(recipe, source)
-    assert store.is_whole()
+    assert store.is_complete_on_disk()
     return store
 
 
@@ -151,6 +152,24 @@ def test_the_store_depends_on_content_not_on_where_it_lies(recipe_for, tmp_path)
     assert built(recipe_for(words(51), block_size=8)).folder != first
 
 
+def test_every_file_is_flushed_to_disk_before_it_has_its_name(recipe_for, monkeypatch):
+    flushed = set()
+    fsync = os.fsync
+
+    def watched(descriptor):
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    recipe = recipe_for(words(1000), block_size=8, train_tokenizer_vocab_size=300)
+    source = resolve_source(recipe)
+    encode_parts(recipe, source, range(0))  # makes the tokenizer
+    store = built(recipe)
+    (manifest_and_shards, tokenizer) = (list(folder.iterdir()) for folder in (store.folder, store.tokenizer.folder))
+    assert {file.suffix for file in manifest_and_shards} == {".json", ".arrow"} and len(tokenizer) == 2
+    assert all(file.stat().st_ino in flushed for file in manifest_and_shards + tokenizer)
+
+
 # interruptions
 
 
@@ -169,7 +188,7 @@ def test_a_build_interrupted_after_any_shard_continues_to_the_same_bytes(recipe_
         raise Interrupted
 
     interruptions = 0
-    while not TokenStore(recipe, source).is_whole():
+    while not TokenStore(recipe, source).is_complete_on_disk():
         try:
             build(recipe, source, stop)
         except Interrupted:
@@ -177,7 +196,7 @@ def test_a_build_interrupted_after_any_shard_continues_to_the_same_bytes(recipe_
             store = TokenStore(recipe, source)
             store.refresh()
             if not store.complete:  # what a kill amid writing leaves
-                (store.folder / f"train-{len(store.train.shard_rows):05d}.partial").write_bytes(b"torn")
+                (store.folder / f"train-{len(store.train.shard_rows):05d}.arrow.partial").write_bytes(b"torn")
                 (store.folder / "manifest.json.partial").write_bytes(b"torn")
     assert interruptions > 8
     assert contents(store.folder) == contents(whole)
@@ -216,7 +235,7 @@ def test_a_missing_or_shortened_shard_is_written_anew_and_the_rest_kept(recipe_f
     before = contents(store.folder)
     first_written = (store.folder / "train-00000.arrow").stat().st_mtime_ns
     (store.folder / "train-00002.arrow").unlink()
-    assert not TokenStore(recipe, store.source).is_whole()
+    assert not TokenStore(recipe, store.source).is_complete_on_disk()
     built(recipe)
     assert contents(store.folder) == before
     assert (store.folder / "train-00000.arrow").stat().st_mtime_ns == first_written
@@ -244,7 +263,7 @@ def test_two_builders_of_one_store_do_not_disturb_each_other(recipe_for):
         store = TokenStore(recipe, source)
         store.wait_complete(lambda _: (first.check(), second.check()))
         assert first.process.wait(30) == second.process.wait(30) == 0
-    assert built(recipe).is_whole()
+    assert built(recipe).is_complete_on_disk()
     assert left_behind(recipe.data_cache_dir) and not (Path(recipe.data_cache_dir) / "locks").exists()
 
 

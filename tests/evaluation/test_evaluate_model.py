@@ -83,7 +83,7 @@ def test_a_recipes_validation_set_gives_the_loss_of_the_run(trained, script):
     assert found["n_tokens"] == plan["validation_blocks"] * 31
 
 
-def test_any_text_is_evaluated_and_more_context_is_told_by_the_stride(trained, script, tmp_path):
+def test_any_text_is_evaluated_and_a_stride_gives_more_context(trained, script, tmp_path):
     (tmp_path / "a.txt").write_text("Returns the sum of the values in a list. " * 20)
     found = {}
     for stride in (None, 8):
@@ -206,18 +206,17 @@ def test_zero_shot_tasks_run_on_local_data(trained, script, tmp_path):
 
 
 def test_published_figures_stand_beside_the_metrics():
-    from clm_owt.evaluation.zero_shot import describe
+    from clm_owt.evaluation.zero_shot import results_table
 
     results = {
         "lambada_openai": {"acc": 0.3, "perplexity": 50.0},
         "hellaswag": {"acc_norm": 0.31},
         "mine": {"acc": 0.6},
     }
-    header, *lines = describe(results)
-    assert header.endswith("GPT-2 paper  GPT-2 in lm-eval")
-    assert [line.split() for line in lines] == [
-        ["lambada_openai", "acc", "0.3000", "0.4599", "0.3256"],
-        ["lambada_openai", "perplexity", "50.0000", "35.13", "40.06"],
-        ["hellaswag", "acc_norm", "0.3100", "-", "0.3114"],
-        ["mine", "acc", "0.6000", "-", "-"],
-    ]
+    assert results_table(results) == (
+        "task            metric         here  GPT-2 paper  GPT-2 in lm-eval\n"
+        "lambada_openai  acc          0.3000       0.4599            0.3256\n"
+        "lambada_openai  perplexity  50.0000        35.13             40.06\n"
+        "hellaswag       acc_norm     0.3100            -            0.3114\n"
+        "mine            acc          0.6000            -                 -"
+    )

@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from support.hub_server import HubServer
-from support.runs import PYTHON, ROOT, environment, run, timeless_metrics
+from support.runs import PYTHON, ROOT, run, timeless_metrics
 
 from clm_owt import hub
 from clm_owt.recipe import Recipe
@@ -28,8 +27,8 @@ PUSH = ["--push_to_hub", "--hub_model_id", REPO]
 # The main job with less patience than people have.
 IMPATIENT = """\
 import sys
-import clm_owt.hub as hub
-hub.SECONDS_BETWEEN_COMMITS, hub.RETRY_PAUSES, hub.SECONDS_OF_SILENCE = {interval}, (0.2, 0.4, 0.8), 1.5
+from clm_owt import hub, hub_client
+hub.SECONDS_BETWEEN_COMMITS, hub.RETRY_PAUSES, hub_client.TIMEOUT_SECONDS = {interval}, (0.2, 0.4, 0.8), 1.5
 import run_clm_owt
 run_clm_owt.main(sys.argv[1:])
 """
@@ -40,16 +39,14 @@ def impatient(interval: float = 0.0) -> list[str]:
 
 
 def online(server: HubServer, home: Path, token: str | None = "hf_write") -> dict[str, str]:
-    """The environment of a user of this Hub, with nothing of their own."""
-    env = environment(home) | server.env(token, home=home / "hf") | {"HOME": str(home), "PYTHONPATH": str(ROOT)}
-    del env["HF_HUB_OFFLINE"]
-    return env | {"OMP_NUM_THREADS": "1"}
+    """The environment of a user of this Hub, in which programs given as text import this project."""
+    return server.env(token, home=home / "hf", PYTHONPATH=str(ROOT))
 
 
 def in_fresh_process(server: HubServer, home: Path, code: str):
     """What `code` assigns to `result`, in a process with an empty cache."""
     command = [sys.executable, "-c", f"import json\n{code}\nprint(json.dumps(result))"]
-    process = subprocess.run(command, env=online(server, home), capture_output=True, text=True, timeout=120)
+    process = run(command, cwd=home, env=online(server, home))
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 
@@ -63,11 +60,11 @@ def server(tmp_path_factory) -> HubServer:
 
 
 @pytest.fixture(scope="module")
-def private_run(tiny_recipe, tmp_path_factory) -> Path:
+def private_run(warm, tiny_recipe, tmp_path_factory) -> Path:
     """The folder of a run without upload."""
     home = tmp_path_factory.mktemp("private")
-    result = run(PYTHON, "--recipe", str(tiny_recipe), cwd=home)
-    assert result.returncode == 0, result.stderr
+    job = warm.start("run_clm_owt:main", ["--recipe", str(tiny_recipe)], cwd=home)
+    assert job.wait() == 0, job.text
     return home / "runs/tiny"
 
 
@@ -118,9 +115,9 @@ def test_the_token_is_in_no_file_and_no_line(server, shared_run):
     folder, result = shared_run
     written = {str(path): path.read_bytes() for path in folder.parents[1].rglob("*") if path.is_file()}
     uploaded = {name: server.repository(REPO).read(name) for name in server.repository(REPO).files()}
-    told = {"output": result.stdout.encode(), "errors": result.stderr.encode()}
+    printed = {"output": result.stdout.encode(), "errors": result.stderr.encode()}
     assert len(written) > 20 and len(uploaded) == 12
-    assert [name for name, content in (written | uploaded | told).items() if b"hf_write" in content] == []
+    assert [name for name, content in (written | uploaded | printed).items() if b"hf_write" in content] == []
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +210,7 @@ def test_outages_cut_connections_and_stalls_are_overcome(private_run, tiny_recip
     assert f"Uploaded step 12 to {repo}" in result.stdout
     assert "Traceback" not in result.stderr and "not uploaded" not in result.stdout
     repository = server.repository(repo)
-    assert len(repository.history()) == 2  # the first is the repository's own
+    assert len(repository.commits) == 2  # the first is the repository's own
     assert repository.tags == {"step-00000012": repository.sha}
     assert_same_training(tmp_path / "runs/tiny", private_run)
 
@@ -266,9 +263,9 @@ def test_the_start_tells_errors_from_outages(server, tmp_path):
     ]
     code = f"""
 import os
-from clm_owt import hub
+from clm_owt import hub, hub_client
 from clm_owt.reports.record import read_metrics
-hub.SECONDS_OF_SILENCE = 1.0
+hub_client.TIMEOUT_SECONDS = 1.0
 from clm_owt.errors import InputError
 from clm_owt.recipe import Recipe
 result = []
@@ -312,8 +309,7 @@ class Queue:
             hub_private_repo=None,
             hub_strategy="every_save",
         )
-        main_process = SimpleNamespace(rank=0)
-        self.uploads = hub.HubUploads(recipe, None, None, 100, main_process, self.said.append)
+        self.uploads = hub.HubUploads(recipe, None, None, 100, True, self.said.append)
         monkeypatch.setattr(hub, "load_file", lambda path: {})
 
     def _stage(self, run: Path, step: int, write_model) -> Path:
@@ -402,7 +398,7 @@ def test_a_signal_ends_the_wait_for_the_last_upload(tmp_path, monkeypatch):
 
 def test_processes_other_than_the_main_one_upload_nothing(tmp_path):
     recipe = SimpleNamespace(output_dir=str(tmp_path), push_to_hub=True, hub_model_id=REPO, hub_strategy="every_save")
-    uploads = hub.HubUploads(recipe, None, None, 100, SimpleNamespace(rank=1), print)
+    uploads = hub.HubUploads(recipe, None, None, 100, False, print)
     uploads.saved(tmp_path / "step-00000010")
     uploads.finish(StopRequest())
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clm_owt.model.losses import LossOutput, fused_linear_loss, reference_linear_loss
+from clm_owt.model.losses import LossStatistics, fused_linear_loss, reference_linear_loss
 from clm_owt.recipe import PENALTY_TYPES
 
 V = 203
@@ -37,7 +37,7 @@ def with_gradients(function, hidden, weight, targets, **options):
 
 def assert_close(actual, expected, tolerance, absolute=1e-9):
     """By norm, relative; and an absolute allowance for what is 0 but for the rounding of the reference."""
-    for name, a, e in zip((*LossOutput._fields, "grad_hidden", "grad_weight"), actual, expected, strict=True):
+    for name, a, e in zip((*LossStatistics._fields, "grad_hidden", "grad_weight"), actual, expected, strict=True):
         error = (a.double() - e.double()).norm()
         assert error <= tolerance * e.double().norm() + absolute, f"{name}: {error:.3g} of {e.double().norm():.3g}"
 

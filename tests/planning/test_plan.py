@@ -7,12 +7,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from clm_owt.errors import InputError, RecipeError
-from clm_owt.formatting import show_time
-from clm_owt.planning.devices import DEVICES, find_device
+from clm_owt.formatting import format_duration
+from clm_owt.planning.devices import DEVICES, Hardware, find_device
 from clm_owt.planning.memory import count_parameters
-from clm_owt.planning.plan import Data, Disk, Plan, describe, find_disk, make_plan, times_due
+from clm_owt.planning.plan import Data, Disk, Plan, find_disk, make_plan, plan_lines, times_due
 from clm_owt.recipe_reader import load_recipe
-from clm_owt.schedule import learning_rate_at
+from clm_owt.schedule import rate_factor
 from clm_owt.training.optim import build_schedule
 
 NOTHING_KNOWN = Data(None, None, None, None)
@@ -42,8 +42,9 @@ def tiny(**changes):
     return load_recipe([word for name, value in settings.items() for word in (f"--{name}", str(value))])
 
 
-def plan(recipe, data=NOTHING_KNOWN, *, vocab_size=50257, processes=1, micro_batch=32, **machine) -> Plan:
-    return make_plan(recipe, data, vocab_size=vocab_size, processes=processes, micro_batch=micro_batch, **machine)
+def plan(recipe, data=NOTHING_KNOWN, *, vocab_size=50257, micro_batch=32, disks=(), **hardware) -> Plan:
+    hardware = {"device_type": "cuda" if "device_name" in hardware else "cpu"} | hardware
+    return make_plan(recipe, data, vocab_size, micro_batch, Hardware(**hardware), *disks)
 
 
 # Worked out by hand from facts.md's counts: 2 epochs of 8,827,040 expected blocks of 1,024 tokens.
@@ -141,9 +142,7 @@ def test_the_planned_rate_is_the_schedules_at_every_step(warmup, total, floor):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-3)
     schedule = build_schedule(optimizer, warmup, total, floor)
     for step in range(total + 3):
-        assert learning_rate_at(step, 3e-3, warmup, total, floor) == pytest.approx(
-            schedule.get_last_lr()[0], rel=1e-12
-        )
+        assert 3e-3 * rate_factor(step, warmup, total, floor) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
         optimizer.step()
         schedule.step()
 
@@ -151,9 +150,9 @@ def test_the_planned_rate_is_the_schedules_at_every_step(warmup, total, floor):
 @pytest.mark.parametrize("total", range(1, 13))
 @pytest.mark.parametrize("interval", range(1, 13))
 def test_how_often_something_is_due_is_what_the_loop_does(total, interval):
-    from clm_owt.training.trainer import due
+    from clm_owt.planning.plan import is_due
 
-    steps = [step for step in range(total + 1) if due(step, interval, total)]
+    steps = [step for step in range(total + 1) if is_due(step, interval, total)]
     assert times_due(total, interval, at_start=True) == len(steps)
     assert times_due(total, interval, at_start=False) == len([step for step in steps if step > 0])
 
@@ -215,17 +214,17 @@ def test_too_little_disk_is_refused():
     def disk(free: int, present: int = 0, file_system: int = 1) -> Disk:
         return Disk("some/folder", free, present, file_system)
 
-    plan(tiny(), data, data_disk=disk(p.data_bytes), output_disk=disk(p.output_bytes, file_system=2))
+    plan(tiny(), data, disks=(disk(p.data_bytes), disk(p.output_bytes, file_system=2)))
     with pytest.raises(InputError, match=r"data_cache_dir: the run needs another 2.1 MB in some/folder .*free some"):
-        plan(tiny(), data, data_disk=disk(p.data_bytes - 1))
+        plan(tiny(), data, disks=(disk(p.data_bytes - 1), None))
     with pytest.raises(InputError, match="output_dir: the run needs another"):
-        plan(tiny(), data, output_disk=disk(p.output_bytes - 1))
+        plan(tiny(), data, disks=(None, disk(p.output_bytes - 1)))
     # On one file system both have to fit, less what is there already.
     both = p.data_bytes + p.output_bytes
-    plan(tiny(), data, data_disk=disk(both), output_disk=disk(both))
+    plan(tiny(), data, disks=(disk(both), disk(both)))
     with pytest.raises(InputError, match="data_cache_dir or output_dir"):
-        plan(tiny(), data, data_disk=disk(both - 1), output_disk=disk(both - 1))
-    plan(tiny(), data, data_disk=disk(both - 1, present=1), output_disk=disk(both - 1))
+        plan(tiny(), data, disks=(disk(both - 1), disk(both - 1)))
+    plan(tiny(), data, disks=(disk(both - 1, present=1), disk(both - 1)))
 
 
 def test_the_disk_of_a_folder_is_found_before_the_folder_exists(tmp_path):
@@ -320,7 +319,7 @@ def test_every_recipe_that_ships_is_planned_and_warns_only_of_what_its_head_says
     if recipe.dataset_name not in ("Skylion007/openwebtext", "HuggingFaceFW/fineweb-edu"):
         expected = [w.split(":")[0] for w in p.warnings if w.startswith("eval_steps")]  # 1,100 blocks are not theirs
     assert [warning.split(":")[0] for warning in p.warnings] == expected
-    assert len(describe(p, recipe)) == 16 + len(expected)
+    assert len(plan_lines(p, recipe)) == 16 + len(expected)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -380,7 +379,7 @@ def test_every_device_is_listed_once_with_a_source():
 
 
 def test_the_plan_is_told_in_lines_that_name_what_is_not_known():
-    text = "\n".join(describe(plan(owt()), owt()))
+    text = "\n".join(plan_lines(plan(owt()), owt()))
     assert "34,480 steps of 524,288 tokens, 2.00 epochs of 17,240.3 steps; 18,077,450,240 tokens in all" in text
     assert "8,827,040 training blocks expected (still being read)" in text
     assert "training documents not counted yet" in text
@@ -395,7 +394,7 @@ def test_the_plan_is_told_in_lines_that_name_what_is_not_known():
 def test_the_plan_is_kept_whole_for_machines():
     p = plan(owt(), device_name="NVIDIA A100-SXM4-80GB")
     assert p.to_dict() == {f.name: getattr(p, f.name) for f in dataclasses.fields(p)}
-    assert "estimated at 50% to 20% of its peak" in "\n".join(describe(p, owt()))
+    assert "estimated at 50% to 20% of its peak" in "\n".join(plan_lines(p, owt()))
 
 
 @pytest.mark.parametrize(
@@ -411,4 +410,4 @@ def test_the_plan_is_kept_whole_for_machines():
     ],
 )
 def test_times_are_shown_roughly(seconds, text):
-    assert show_time(seconds) == text
+    assert format_duration(seconds) == text

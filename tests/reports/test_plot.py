@@ -20,6 +20,7 @@ import yaml
 from support.browser import Page, open_page
 from support.runs import ROOT, environment
 
+from clm_owt.reports import curves
 from clm_owt.reports.curves import Curves, draw, running_mean, save_picture, series
 from clm_owt.reports.record import RunRecord
 
@@ -53,6 +54,12 @@ def write_run(folder: Path, name: str, penalty_weight: float = 0.0, **plan) -> P
         f"## Step 0\n\n**Once** <b>{name}</b>\n\n## Step 500\n\n**Once** upon {name}\n\n"
     )
     return folder
+
+
+def test_a_run_is_read_planned_and_drawn_without_torch():
+    modules = "clm_owt.planning.plan, clm_owt.reports.curves, clm_owt.reports.page, clm_owt.reports.model_card"
+    code = f"import {modules}, sys; assert not {{'torch', 'accelerate', 'transformers'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
 def texts(figure) -> str:
@@ -90,22 +97,22 @@ def test_pictures_are_written_in_the_format_of_their_name(tmp_path):
 
 def test_the_picture_beside_the_training_is_of_the_last_request(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("clm_owt.curves.save_picture", lambda runs, path: drawn.append(len(runs[0].validation)))
+    monkeypatch.setattr(curves, "save_picture", lambda runs, path: drawn.append(len(runs[0].validation)))
     folder = write_run(tmp_path / "a", "a")
-    curves = Curves(folder, print)
+    drawing = Curves(folder, print)
     for _ in range(5):
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": 1, "split": "validation"}) + "\n")
-        curves.redraw()
-    curves.finish()
+        drawing.redraw()
+    drawing.finish()
     assert drawn[-1] == 41 + 5
 
 
 def test_a_picture_that_cannot_be_drawn_costs_one_line(tmp_path):
     said = []
-    curves = Curves(tmp_path / "nothing", said.append)
-    curves.redraw()
-    curves.finish()
+    drawing = Curves(tmp_path / "nothing", said.append)
+    drawing.redraw()
+    drawing.finish()
     assert len(said) == 1 and said[0].startswith("training_curves.png could not be drawn")
 
 

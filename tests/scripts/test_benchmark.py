@@ -1,14 +1,10 @@
 """The benchmark runs and writes what it says; its numbers are the machine's and are not tested."""
 
 import json
-import sys
-from pathlib import Path
 
+import benchmark
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-import benchmark
 
 SMALL = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --vocab_size 61 --rounds 2".split()
 

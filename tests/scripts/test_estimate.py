@@ -9,14 +9,15 @@ import pytest
 import torch
 from support.runs import ROOT, environment
 
-from clm_owt.planning.devices import find_device
+from clm_owt.planning.devices import Hardware, find_device
 from clm_owt.planning.memory import step_memory
 from clm_owt.recipe_reader import load_recipe
-from clm_owt.training import memory_trace
-from clm_owt.training.memory_trace import PARTS, LiveStorages, trace_step
+from clm_owt.training.memory_trace import PARTS, LiveStorages, trace_layers, trace_step
 
 # As a user's model, small: 4 blocks of width 256 on 16 sequences of 256 tokens.
 SMALL = ["--recipe", "recipes/quickstart.yaml", "--n_embd", "256", "--n_head", "4"]
+
+CPU = Hardware()
 
 
 def small(**changes):
@@ -33,8 +34,8 @@ def estimate():
     return module
 
 
-def total(recipe, vocab_size=4096, micro_batch=16, **setting) -> int:
-    return sum(trace_step(recipe, vocab_size, micro_batch, **setting).values())
+def total(recipe, vocab_size=4096, micro_batch=16, hardware=CPU) -> int:
+    return sum(trace_step(recipe, vocab_size, micro_batch, hardware).values())
 
 
 # model, vocabulary, micro-batch, penalty, checkpointing: a quick one, and the rest with `make test-slow`
@@ -73,17 +74,17 @@ def test_the_estimate_is_within_a_tenth_of_what_the_kernel_reports_of_real_steps
 
 
 def test_the_parts_of_the_state_are_exact_and_nothing_is_missed():
-    parts = trace_step(small(effective_batch_size=64), 4096, 16)
+    parts = trace_step(small(effective_batch_size=64), 4096, 16, CPU)
     parameters = 4096 * 256 + 256 * 256 + 4 * (12 * 256**2 + 13 * 256) + 2 * 256
     assert parts["weights"] == parts["gradients"] == 4 * parameters
     assert 8 * parameters <= parts["optimizer"] <= 8 * parameters + 4 * 100  # and a step count for each tensor
     assert set(parts) == set(PARTS)
 
 
-def test_more_layers_are_extrapolated_to_what_a_whole_trace_gives(monkeypatch):
-    extrapolated = trace_step(small(n_layer=5), 4096, 4)
-    whole = memory_trace.trace_layers(small(n_layer=5), 4096, 4)
-    assert extrapolated == whole
+def test_more_layers_are_extrapolated_to_what_a_complete_trace_gives():
+    extrapolated = trace_step(small(n_layer=5), 4096, 4, CPU)
+    complete = trace_layers(small(n_layer=5), 4096, 4, CPU)
+    assert extrapolated == complete
 
 
 def test_memory_rises_and_falls_with_each_setting_as_it_does_in_reality():
@@ -93,29 +94,27 @@ def test_memory_rises_and_falls_with_each_setting_as_it_does_in_reality():
     assert total(small(n_layer=2)) < base
     assert total(small(n_layer=3, block_size=128)) < base
     assert total(small(n_layer=3), vocab_size=8192) > base
-    assert total(small(n_layer=3), mixed_precision="bf16") < base
+    assert total(small(n_layer=3), hardware=Hardware(mixed_precision="bf16")) < base
     assert total(small(n_layer=3, effective_batch_size=64)) > base  # gradients of earlier micro-batches
     penalty = total(small(n_layer=3, penalty_weight=0.1, penalty_type="neg_entropy"))
     assert penalty == pytest.approx(base, rel=0.02)  # it costs no memory, in the fused loss
 
 
 @pytest.mark.parametrize(
-    ("changes", "setting"),
+    ("changes", "hardware"),
     [
-        ({}, {}),
-        ({"effective_batch_size": 64}, {}),
-        ({"gradient_checkpointing": True}, {}),
-        ({}, {"mixed_precision": "bf16", "device_type": "cuda", "device_memory": 40 << 30}),
-        (
-            {"gradient_checkpointing": True},
-            {"mixed_precision": "bf16", "device_type": "cuda", "device_memory": 8 << 30},
-        ),
+        ({}, CPU),
+        ({"effective_batch_size": 64}, CPU),
+        ({"effective_batch_size": 64}, Hardware(processes=4)),
+        ({"gradient_checkpointing": True}, CPU),
+        ({}, Hardware("cuda", None, 40 << 30, mixed_precision="bf16")),
+        ({"gradient_checkpointing": True}, Hardware("cuda", None, 8 << 30, mixed_precision="bf16")),
     ],
 )
-def test_the_plans_formula_is_within_a_tenth_of_the_trace(changes, setting):
+def test_the_plans_formula_is_within_a_tenth_of_the_trace(changes, hardware):
     recipe = small(**changes)
-    traced = total(recipe, vocab_size=16_384, micro_batch=16, **setting)
-    assert sum(step_memory(recipe, 16_384, 16, **setting).values()) == pytest.approx(traced, rel=0.10)
+    traced = total(recipe, 16_384, 16, hardware)
+    assert sum(step_memory(recipe, 16_384, 16, hardware).values()) == pytest.approx(traced, rel=0.10)
 
 
 def test_storages_are_counted_once_and_forgotten_when_they_die():
@@ -165,7 +164,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(estimate):
     budget = 0.1 * device.memory
     assert result.micro_batch == result.largest
     assert sum(result.memory.values()) <= budget
-    assert total(recipe, 4096, result.largest + 8, **estimate.setting(device)) > budget
+    assert total(recipe, 4096, result.largest + 8, device.hardware()) > budget
     assert result.accumulation == -(-4096 // result.micro_batch)
 
 
@@ -173,13 +172,13 @@ def test_a_model_that_does_not_fit_is_said_not_to(estimate):
     recipe = small(n_layer=3, target_memory_utilization=0.001)
     result = estimate.estimate(recipe, 4096, find_device("m1"), 1, (0.2, 0.5))
     assert (result.micro_batch, result.largest, result.memory) == (0, 0, {})
-    assert "does not fit" in estimate.memory_table([result], {})[1]
+    assert "does not fit" in estimate.memory_table([result], {})[1][0]
 
 
 def test_an_estimate_of_time_is_flops_over_the_peak_at_both_shares(estimate):
     recipe = load_recipe(["--recipe", "recipes/owt_512.yaml"])
     result = estimate.Estimate(find_device("a100-40gb"), 32, 32, 16, {}, (2.889932, 7.224831))
-    [_, row] = estimate.time_table([result], recipe.total_steps(), 8_827_040 / 512)
+    _, [row] = estimate.time_table([result], recipe.total_steps(), 8_827_040 / 512)
     assert row == ["A100 40 GB", "312 T", "2.9 s - 7.2 s", "14 h - 35 h", "28 h - 2.9 days"]
 
 

@@ -78,6 +78,14 @@ def test_two_workers_build_the_same_bytes(whole, parquet_files, tmp_path):
     assert store_of(tmp_path / "cache") == store_of(whole)
 
 
+def test_no_more_workers_are_started_than_there_are_files(whole, parquet_files, tmp_path):
+    lines = "--num_workers: 5 instead of 6, since a worker encodes one file at a time\n"
+    result = prepare(options_for(parquet_files, tmp_path / "cache"), tmp_path, "--num_workers=6")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(lines)
+    assert store_of(tmp_path / "cache") == store_of(whole)
+
+
 def test_the_reference_encoder_builds_the_same_bytes(whole, parquet_files, tmp_path):
     result = prepare(options_for(parquet_files, tmp_path / "cache"), tmp_path, CLM_OWT_ENCODER="tokenizers")
     assert (result.returncode, result.stderr) == (0, "")
@@ -251,7 +259,7 @@ def test_verifying_names_every_altered_shard(parquet_files, tmp_path):
     assert result.returncode == 2 and "no complete token store" in result.stderr
     assert prepare(options, tmp_path).returncode == 0
     result = prepare(options, tmp_path, "--verify")
-    assert result.returncode == 0 and "shards are whole and as they were written" in result.stdout
+    assert result.returncode == 0 and "shards are complete and as they were written" in result.stdout
     (folder,) = (tmp_path / "cache/stores").iterdir()
     for name in ("train-00001.arrow", "validation-00000.arrow"):
         content = bytearray((folder / name).read_bytes())

@@ -11,6 +11,7 @@ from pathlib import Path
 import jsonschema
 import psutil
 import pytest
+import sweep
 import yaml
 from support.runs import MAIN, ROOT, environment, launcher, run
 
@@ -19,15 +20,6 @@ from clm_owt.recipe_reader import load_recipe
 
 SWEEPS = sorted((ROOT / "recipes/sweeps").glob("*.yaml"))
 SCRIPT = [sys.executable, str(ROOT / "scripts/sweep.py")]
-
-
-@pytest.fixture(scope="module")
-def sweep():
-    spec = importlib.util.spec_from_file_location("sweep", ROOT / "scripts/sweep.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 # Stands for a training: a recipe of 10 steps whose loss is (λ - 0.02)² + 1 / step. It fails at λ = 0.05, and at
@@ -93,7 +85,7 @@ def wandb_schema() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_the_shipped_sweeps_are_accepted_by_wandbs_schema_and_by_the_local_runner(path, sweep, monkeypatch):
+def test_the_shipped_sweeps_are_accepted_by_wandbs_schema_and_by_the_local_runner(path, monkeypatch):
     content = yaml.safe_load(path.read_text())
     jsonschema.validate(content, wandb_schema())
     with pytest.raises(jsonschema.ValidationError):
@@ -227,7 +219,7 @@ def test_a_search_stops_runs_that_are_behind_the_median(workplace):
         ({"method": "bayes", "run_cap": 1, "parameters": {"seed": {"min": 1}}}, "seed: expected value, values"),
     ],
 )
-def test_a_sweep_that_cannot_be_run_says_why(sweep, tmp_path, changes, message):
+def test_a_sweep_that_cannot_be_run_says_why(tmp_path, changes, message):
     content = {"method": "grid", "parameters": {"seed": {"values": [1, 2]}}} | changes
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(InputError, match=message.replace("?", r"\?").replace("(", r"\(")):

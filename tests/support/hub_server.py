@@ -1,10 +1,10 @@
 """A server on the loopback address that speaks the Hugging Face Hub's protocol, for the tests.
 
 The clients of huggingface_hub, datasets and transformers use it as they are, through `HF_ENDPOINT` (to be set before
-they are imported, so: in a subprocess, with `HubServer.env()`). It holds model and dataset repositories with commits,
-branches and tags, takes uploads (Xet switched off: LFS over plain PUT), knows tokens and their rights, goes wrong on
-demand, and keeps a log of the requests. Paths, headers and error codes are those that huggingface_hub 2.4 sends and
-reads.
+they are imported, so: in a subprocess, with `HubServer.env()`). It holds what this project's commands use: model and
+dataset repositories with commits and tags on one branch, uploads (Xet switched off: LFS over plain PUT), tokens and
+their rights; it goes wrong on demand, and keeps a log of the requests. Paths, headers and error codes are those that
+huggingface_hub 2.4 sends and reads.
 
     with HubServer(tmp_path) as hub:
         hub.add_repository("openai-community/gpt2", folder)
@@ -18,15 +18,14 @@ import base64
 import fnmatch
 import functools
 import hashlib
+import io
 import json
-import os
 import re
 import socket
 import struct
 import tempfile
 import threading
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -34,6 +33,7 @@ from pathlib import Path
 
 import yaml
 from aiohttp import web
+from support.runs import environment
 
 LFS_SUFFIXES = {".arrow", ".bin", ".gz", ".npy", ".parquet", ".pt", ".safetensors", ".zip", ".zst"}
 LFS_ABOVE_BYTES = 10_000_000  # the Hub takes no regular (non-LFS) file above 10 MB
@@ -54,10 +54,9 @@ class Refusal(Exception):
 class Token:
     user: str
     role: str  # "read" or "write"
-    namespaces: frozenset[str]  # the user and their organizations
 
     def may_write(self, namespace: str) -> bool:
-        return self.role == "write" and namespace in self.namespaces
+        return self.role == "write" and namespace == self.user
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Blob:
         return self.sha256 or self.oid
 
     def entry(self, path: str) -> dict:
-        """What the tree and paths-info calls say of a file."""
+        """What the tree call says of a file."""
         entry = {"type": "file", "path": path, "size": self.size, "oid": self.oid}
         if self.sha256:
             pointer_size = len(lfs_pointer(self.sha256, self.size))
@@ -97,9 +96,7 @@ class Blob:
 class Commit:
     sha: str
     files: dict[str, Blob]
-    title: str
     date: str
-    parent: str | None
 
 
 def git_oid(kind: str, content: bytes) -> str:
@@ -119,39 +116,30 @@ def now() -> str:
 
 
 class Repository:
-    """Commits, branches and tags. A commit maps paths to contents; nothing is removed, so every revision stays."""
+    """Commits of one branch, and tags. A commit maps paths to contents; none is removed, so every revision stays."""
 
-    def __init__(self, kind: str, repo_id: str, private: bool = False):
-        self.kind, self.id, self.private = kind, repo_id, private
+    def __init__(self, kind: str, repo_id: str):
+        self.kind, self.id = kind, repo_id
         self.namespace = repo_id.split("/")[0]
-        self.commits: dict[str, Commit] = {}
-        self.branches: dict[str, str] = {}
+        self.commits: list[Commit] = []
         self.tags: dict[str, str] = {}
 
     @property
     def sha(self) -> str:
-        return self.branches["main"]
+        return self.commits[-1].sha
 
-    def commit(self, files: dict[str, Blob], title: str, branch: str = "main", sha: str | None = None) -> Commit:
-        parent = self.branches.get(branch)
+    def commit(self, files: dict[str, Blob], title: str) -> Commit:
         tree = "".join(f"{path} {blob.etag}\n" for path, blob in sorted(files.items()))
-        sha = sha or git_oid("commit", f"{parent}\n{title}\n{tree}".encode())
-        commit = self.commits[sha] = Commit(sha, dict(files), title, now(), parent)
-        self.branches[branch] = sha
-        return commit
+        sha = git_oid("commit", f"{len(self.commits)}\n{title}\n{tree}".encode())
+        self.commits.append(Commit(sha, dict(files), now()))
+        return self.commits[-1]
 
-    def resolve(self, revision: str) -> Commit:
-        sha = self.branches.get(revision) or self.tags.get(revision) or revision
-        if sha not in self.commits:
-            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return self.commits[sha]
-
-    def history(self, revision: str = "main") -> list[Commit]:
-        """The commits of a revision, newest first."""
-        commits = [self.resolve(revision)]
-        while commits[-1].parent:
-            commits.append(self.commits[commits[-1].parent])
-        return commits
+    def resolve(self, revision: str = "main") -> Commit:
+        sha = self.sha if revision == "main" else self.tags.get(revision, revision)
+        for commit in self.commits:
+            if commit.sha == sha:
+                return commit
+        raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def files(self, revision: str = "main") -> list[str]:
         return sorted(self.resolve(revision).files)
@@ -169,11 +157,9 @@ class Fault:
     times: float
     after: int | None
     status: int | None
-    retry_after: int | None
     cut: bool
     reset: bool
     stall: float
-    bytes_per_second: float | None
     hits: int = 0
 
     def matches(self, request: "LoggedRequest") -> bool:
@@ -190,16 +176,9 @@ class LoggedRequest:
 
     method: str
     path: str  # decoded
-    query: dict[str, str]
     headers: dict[str, str]
-    time: float  # of arrival, seconds since the epoch
     status: int | None = None
     sent: int = 0  # bytes of the body
-    fault: Fault | None = None
-
-    @property
-    def range(self) -> str | None:
-        return self.headers.get("Range")
 
 
 @dataclass
@@ -217,11 +196,8 @@ class Reply:
     def size(self) -> int:
         return self.body.stat().st_size if isinstance(self.body, Path) else len(self.body)
 
-    def chunks(self, start: int, stop: int, size: int) -> Iterator[bytes]:
-        if isinstance(self.body, bytes):
-            yield from (self.body[i : min(i + size, stop)] for i in range(start, stop, size))
-            return
-        with self.body.open("rb") as f:
+    def chunks(self, start: int, stop: int, size: int = 1 << 20) -> Iterator[bytes]:
+        with io.BytesIO(self.body) if isinstance(self.body, bytes) else self.body.open("rb") as f:
             f.seek(start)
             for i in range(start, stop, size):
                 yield f.read(min(size, stop - i))
@@ -256,40 +232,28 @@ class HubServer:
     def files_url(self) -> str:
         return f"http://127.0.0.1:{self._ports[1]}"
 
-    def add_repository(
-        self,
-        repo_id: str,
-        folder: Path | None = None,
-        *,
-        repo_type: str = "model",
-        private: bool = False,
-        sha: str | None = None,
-    ) -> Repository:
-        """A repository whose first commit holds the files of `folder`, which are served from where they lie; its id is
-        `sha` (40 hex digits) if given."""
-        repository = Repository(f"{repo_type}s", repo_id, private)
+    def add_repository(self, repo_id: str, folder: Path | None = None, *, repo_type: str = "model") -> Repository:
+        """A repository whose first commit holds the files of `folder`, which are served from where they lie."""
+        repository = Repository(f"{repo_type}s", repo_id)
         files = {".gitattributes": self._store(GIT_ATTRIBUTES.encode(), ".gitattributes")}
         for file in sorted(Path(folder).rglob("*")) if folder else []:
             if file.is_file():
                 name = file.relative_to(folder).as_posix()
                 files[name] = Blob.of(file, name)
-        repository.commit(files, "initial commit", sha=sha)
+        repository.commit(files, "initial commit")
         self.repositories[repository.kind, repo_id] = repository
         return repository
 
     def repository(self, repo_id: str, repo_type: str = "model") -> Repository:
         return self.repositories[f"{repo_type}s", repo_id]
 
-    def add_file(self, name: str, content: bytes | Path) -> str:
+    def add_file(self, name: str, content: bytes) -> str:
         """A file for plain download; returns its URL."""
-        self.plain_files[name] = content if isinstance(content, Path) else self._store(content, name).file
+        self.plain_files[name] = self._store(content, name).file
         return f"{self.files_url}/files/{name}"
 
-    def add_token(
-        self, token: str, user: str = "tester", role: str = "write", organizations: Iterable[str] = ()
-    ) -> str:
-        self.tokens[token] = Token(user, role, frozenset((user, *organizations)))
-        return token
+    def add_token(self, token: str, user: str = "tester", role: str = "write") -> None:
+        self.tokens[token] = Token(user, role)
 
     def fault(
         self,
@@ -299,11 +263,9 @@ class HubServer:
         times: float = 1,
         after: int | None = None,
         status: int | None = None,
-        retry_after: int | None = None,
         cut: bool = False,
         reset: bool = False,
         stall: float = 0,
-        bytes_per_second: float | None = None,
     ) -> Fault:
         """Let the next `times` requests (`math.inf`: all) go wrong whose decoded path matches `pattern` (fnmatch, so
         `*` crosses slashes).
@@ -311,12 +273,11 @@ class HubServer:
         With `after=None` it happens before the request is read or answered; with `after=k`, when the status, the
         headers and k bytes of the body have been sent, so the request has had its effect (answers with no more than k
         bytes, errors, redirects and HEAD pass). `stall` waits that many seconds; then `cut` closes the connection,
-        `reset` does so by RST, `status` answers with that error (and a Retry-After of `retry_after` seconds), and
-        with none of them the answer goes on. `bytes_per_second` sends the body at that pace.
+        `reset` does so by RST, `status` answers with that error, and with none of them the answer goes on.
         """
         if status is not None and after is not None:
             raise ValueError("an answer that has begun (after=...) has its status already")
-        fault = Fault(pattern, method, times, after, status, retry_after, cut, reset, stall, bytes_per_second)
+        fault = Fault(pattern, method, times, after, status, cut, reset, stall)
         self.faults.append(fault)
         return fault
 
@@ -324,20 +285,21 @@ class HubServer:
         """The logged requests whose decoded path matches (fnmatch)."""
         return [r for r in self.log if method in (None, r.method) and path_matches(r, pattern)]
 
-    def env(self, token: str | None = None, home: Path | None = None) -> dict[str, str]:
-        """The environment of a subprocess that is to use this server and nothing of the user's own settings."""
-        ours = ("HF_", "HUGGING_FACE_", "TRANSFORMERS_", "DISABLE_TELEMETRY", "HUGGINGFACE_")
-        env = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
-        env |= {
+    def env(self, token: str | None = None, home: Path | None = None, **more: str) -> dict[str, str]:
+        """The environment of a subprocess that is to use this server and nothing of the user's own settings; `home` is
+        the folder of its caches."""
+        home = home or self.folder / "hf_home"
+        env = environment(home) | {
             "HF_ENDPOINT": self.url,
-            "HF_HOME": str(home or self.folder / "hf_home"),
+            "HF_HOME": str(home),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
             "NO_PROXY": "127.0.0.1,localhost",
             "no_proxy": "127.0.0.1,localhost",
         }
-        return env | ({"HF_TOKEN": token} if token else {})
+        del env["HF_HUB_OFFLINE"]
+        return env | ({"HF_TOKEN": token} if token else {}) | more
 
     # Running
 
@@ -384,23 +346,15 @@ class HubServer:
         repo = "{repo:[^/]+/[^/]+}"
         api = f"/api/{{kind:models|datasets|spaces}}/{repo}"
         routes = [
-            ("GET", "/api/whoami-v2", self._whoami),
             ("POST", "/api/validate-yaml", self._validate_yaml),
             ("POST", "/api/repos/create", self._create),
-            ("DELETE", "/api/repos/delete", self._delete),
             ("GET", api, self._info),
             ("GET", api + "/revision/{revision}", self._info),
-            ("GET", api + "/refs", self._refs),
-            ("GET", api + "/commits/{revision}", self._commits),
-            ("GET", api + "/auth-check", self._auth_check),
-            ("GET", api + "/auth-check/{write:write}", self._auth_check),
+            ("GET", api + "/auth-check/write", self._may_write),
             ("GET", api + "/tree/{revision}", self._tree),
             ("GET", api + "/tree/{revision}/{path:.+}", self._tree),
-            ("POST", api + "/paths-info/{revision}", self._paths_info),
             ("POST", api + "/preupload/{revision}", self._preupload),
             ("POST", api + "/commit/{revision}", self._commit),
-            ("POST", api + "/branch/{name}", self._create_branch),
-            ("DELETE", api + "/branch/{name}", self._delete_branch),
             ("POST", api + "/tag/{name}", self._create_tag),
             ("DELETE", api + "/tag/{name}", self._delete_tag),
             ("PUT", "/storage/{sha256}", self._put_object),
@@ -421,7 +375,7 @@ class HubServer:
     # From request to bytes on the wire, with what is to go wrong
 
     async def _serve(self, answer, request: web.Request) -> web.StreamResponse:
-        record = LoggedRequest(request.method, request.path, dict(request.query), dict(request.headers), time.time())
+        record = LoggedRequest(request.method, request.path, dict(request.headers))
         self.log.append(record)
         fault = self._take_fault(record, lambda fault: fault.after is None)
         if fault:
@@ -434,13 +388,9 @@ class HubServer:
             reply = await answer(request)
         except Refusal as refusal:
             reply = Reply.json(refusal.content, refusal.status, refusal.headers)
-            if fault and fault.retry_after is not None:
-                reply.headers["Retry-After"] = str(fault.retry_after)
-        return await self._send(request, reply, record, fault)
+        return await self._send(request, reply, record)
 
-    async def _send(
-        self, request: web.Request, reply: Reply, record: LoggedRequest, fault: Fault | None
-    ) -> web.StreamResponse:
+    async def _send(self, request: web.Request, reply: Reply, record: LoggedRequest) -> web.StreamResponse:
         size = reply.size()
         start, stop = 0, size
         if isinstance(reply.body, Path):
@@ -458,27 +408,23 @@ class HubServer:
         await response.prepare(request)
         if request.method == "HEAD":
             return response
-        pace = next((f.bytes_per_second for f in (fault, late) if f and f.bytes_per_second), None)
-        begin = time.monotonic()
-        pauses = [start, start + late.after, stop] if late else [start, stop]
-        for i in range(len(pauses) - 1):
-            for chunk in reply.chunks(pauses[i], pauses[i + 1], max(1, int(pace / 10)) if pace else 1 << 20):
+        for chunk in reply.chunks(start, start + late.after if late else stop):
+            await response.write(chunk)
+            record.sent += len(chunk)
+        if late:
+            await asyncio.sleep(late.stall)
+            if late.cut or late.reset:
+                self._drop(request, late)
+                return response
+            for chunk in reply.chunks(start + late.after, stop):
                 await response.write(chunk)
                 record.sent += len(chunk)
-                if pace:
-                    await asyncio.sleep(max(0, begin + record.sent / pace - time.monotonic()))
-            if late and i == 0:
-                await asyncio.sleep(late.stall)
-                if late.cut or late.reset:
-                    self._drop(request, late)
-                    return response
         return response
 
     def _take_fault(self, record: LoggedRequest, applies) -> Fault | None:
         for fault in self.faults:
             if fault.matches(record) and applies(fault):
                 fault.hits += 1
-                record.fault = fault
                 return fault
         return None
 
@@ -507,9 +453,7 @@ class HubServer:
     def _repository(self, request: web.Request, write: bool = False) -> Repository:
         token = self._token(request)
         repository = self.repositories.get((request.match_info.get("kind", "models"), request.match_info["repo"]))
-        if repository is None or (repository.private and (not token or repository.namespace not in token.namespaces)):
-            if token is None:
-                raise Refusal(401, "Invalid username or password.", "RepoNotFound")
+        if repository is None:
             raise Refusal(404, "Repository not found", "RepoNotFound")
         if write and token is None:
             raise Refusal(401, "Invalid username or password.")
@@ -526,16 +470,8 @@ class HubServer:
     async def _nothing_here(self, request: web.Request) -> Reply:
         raise Refusal(404, f"Sorry, we can't find the page you are looking for: {request.path}")
 
-    async def _whoami(self, request: web.Request) -> Reply:
-        token = self._token(request)
-        if token is None:
-            raise Refusal(401, "Invalid username or password.")
-        organizations = [{"type": "org", "name": name} for name in sorted(token.namespaces - {token.user})]
-        access = {"type": "access_token", "accessToken": {"displayName": "test", "role": token.role}}
-        return Reply.json({"type": "user", "name": token.user, "orgs": organizations, "auth": access})
-
-    async def _auth_check(self, request: web.Request) -> Reply:
-        self._repository(request, write="write" in request.match_info)
+    async def _may_write(self, request: web.Request) -> Reply:
+        self._repository(request, write=True)
         return Reply.json({})
 
     async def _info(self, request: web.Request) -> Reply:
@@ -543,47 +479,24 @@ class HubServer:
         card = {}
         if "README.md" in commit.files:
             card = front_matter(commit.files["README.md"].file.read_text(encoding="utf-8")) or {}
-        files = [{"rfilename": path} for path in sorted(commit.files)]
-        if "blobs" in request.query:
-            for file in files:
-                entry = commit.files[file["rfilename"]].entry(file["rfilename"])
-                file |= {"size": entry["size"], "blobId": entry["oid"]}
-                if "lfs" in entry:
-                    lfs = entry["lfs"]
-                    file["lfs"] = {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
         info = {
             "id": repository.id,
             "author": repository.namespace,
             "sha": commit.sha,
             "lastModified": commit.date,
-            "createdAt": repository.history()[-1].date,
-            "private": repository.private,
+            "createdAt": repository.commits[0].date,
+            "private": False,
             "gated": False,
             "disabled": False,
             "downloads": 0,
             "likes": 0,
             "tags": card.get("tags", []),
             "cardData": card,
-            "siblings": files,
+            "siblings": [{"rfilename": path} for path in sorted(commit.files)],
         }
         if "library_name" in card:
             info["library_name"] = card["library_name"]
         return Reply.json(info)
-
-    async def _refs(self, request: web.Request) -> Reply:
-        repository = self._repository(request)
-        named = {"branches": ("refs/heads/", repository.branches), "tags": ("refs/tags/", repository.tags)}
-        refs = {
-            kind: [{"name": name, "ref": prefix + name, "targetCommit": sha} for name, sha in shas.items()]
-            for kind, (prefix, shas) in named.items()
-        }
-        return Reply.json({**refs, "converts": [], "pullRequests": []})
-
-    async def _commits(self, request: web.Request) -> Reply:
-        repository = self._repository(request)
-        history = repository.history(request.match_info["revision"])
-        described = [{"id": c.sha, "title": c.title, "message": "", "date": c.date, "authors": []} for c in history]
-        return Reply.json(described, headers={"X-Total-Count": str(len(described))})
 
     async def _tree(self, request: web.Request) -> Reply:
         _, commit = self._commit_asked(request)
@@ -591,14 +504,7 @@ class HubServer:
         entries = entries_below(commit, below, recursive=request.query.get("recursive", "").lower() in ("1", "true"))
         if not entries:
             raise Refusal(404, f"{below} does not exist on {commit.sha}", "EntryNotFound")
-        return Reply.json(with_last_commit(entries, commit, request.query.get("expand", "")))
-
-    async def _paths_info(self, request: web.Request) -> Reply:
-        _, commit = self._commit_asked(request)
-        form = await request.post()
-        everything = {entry["path"]: entry for entry in entries_below(commit, "", recursive=True)}
-        entries = [everything[path] for path in form.getall("paths", []) if path in everything]
-        return Reply.json(with_last_commit(entries, commit, form.get("expand", "")))
+        return Reply.json(entries)
 
     async def _resolve(self, request: web.Request) -> Reply:
         _, commit = self._commit_asked(request)
@@ -613,18 +519,17 @@ class HubServer:
         headers["Content-Disposition"] = f'inline; filename="{Path(path).name}"'
         if blob.sha256 is None:
             return Reply(blob.file, headers=headers)
-        # Large files lie elsewhere, as on the Hub, with their size and hash told here.
+        # Large files lie elsewhere, as on the Hub, with their size and hash given here.
         headers |= {"X-Linked-Size": str(blob.size), "X-Linked-ETag": f'"{blob.sha256}"'}
         place = f"{self.files_url}/storage/{blob.sha256}/{request.match_info['repo']}/{path}"
         return Reply(f"Found. Redirecting to {place}".encode(), 302, {**headers, "Location": place})
 
     async def _get_object(self, request: web.Request) -> Reply:
         sha256 = request.match_info["sha256"]
-        for repository in list(self.repositories.values()):
-            for commit in repository.commits.values():
-                for blob in commit.files.values():
-                    if blob.sha256 == sha256:
-                        return Reply(blob.file, headers={"ETag": f'"{sha256}"'})
+        commits = [commit for repository in self.repositories.values() for commit in repository.commits]
+        for blob in (blob for commit in commits for blob in commit.files.values()):
+            if blob.sha256 == sha256:
+                return Reply(blob.file, headers={"ETag": f'"{sha256}"'})
         raise Refusal(404, f"no object {sha256}")
 
     async def _get_plain_file(self, request: web.Request) -> Reply:
@@ -636,11 +541,7 @@ class HubServer:
     # Writing
 
     async def _validate_yaml(self, request: web.Request) -> Reply:
-        content = (await request.json())["content"]
-        try:
-            card = front_matter(content)
-        except yaml.YAMLError as error:
-            return Reply.json({"errors": [{"message": str(error)}], "warnings": []}, status=400)
+        card = front_matter((await request.json())["content"])
         warnings = [] if card else [{"message": "empty or missing yaml metadata in repo card"}]
         return Reply.json({"errors": [], "warnings": warnings})
 
@@ -650,7 +551,7 @@ class HubServer:
             raise Refusal(401, "Invalid username or password.")
         asked = await request.json()
         kind = asked.get("type") or "model"
-        namespace = asked.get("organization") or token.user
+        namespace = asked.get("organization") or token.user  # where the id names another user
         repo_id = f"{namespace}/{asked['name']}"
         if not token.may_write(namespace):
             message = f'You don\'t have the rights to create a {kind} under the namespace "{namespace}"'
@@ -658,17 +559,8 @@ class HubServer:
         url = f"{self.url}/{'' if kind == 'model' else kind + 's/'}{repo_id}"
         if (f"{kind}s", repo_id) in self.repositories:
             raise Refusal(409, f"You already created this {kind} repo", url=url)
-        private = asked.get("visibility") == "private" or asked.get("private", False)
-        self.add_repository(repo_id, repo_type=kind, private=private)
+        self.add_repository(repo_id, repo_type=kind)
         return Reply.json({"url": url, "name": repo_id, "id": repo_id})
-
-    async def _delete(self, request: web.Request) -> Reply:
-        asked = await request.json()
-        request.match_info["kind"] = (asked.get("type") or "model") + "s"
-        request.match_info["repo"] = f"{asked.get('organization') or self._token(request).user}/{asked['name']}"
-        repository = self._repository(request, write=True)
-        del self.repositories[repository.kind, repository.id]
-        return Reply.json({})
 
     async def _preupload(self, request: web.Request) -> Reply:
         repository = self._repository(request, write=True)
@@ -713,79 +605,46 @@ class HubServer:
     async def _commit(self, request: web.Request) -> Reply:
         repository = self._repository(request, write=True)
         lines = (await request.read()).splitlines()  # from here on nothing comes between
-        branch = request.match_info["revision"]
-        if branch not in repository.branches:
-            raise Refusal(404, f"Invalid rev id: {branch}", "RevisionNotFound")
-        parent = repository.resolve(branch)
-        files = dict(parent.files)
+        files = dict(repository.resolve(request.match_info["revision"]).files)
         title = ""
         for line in lines:
             item = json.loads(line)
             value = item["value"]
-            path = value.get("path", "")
             if item["key"] == "header":
                 title = value["summary"]
-                if value.get("parentCommit", parent.sha) != parent.sha:
-                    raise Refusal(412, "A commit has happened since. Please refresh and try again.")
             elif item["key"] == "file":
-                files[path] = self._store(base64.b64decode(value["content"]), path)
+                files[value["path"]] = self._store(base64.b64decode(value["content"]), value["path"])
             elif item["key"] == "lfsFile":
                 file = self.storage / value["oid"]
-                if not file.exists():
-                    raise Refusal(400, f"LFS pointer pointed to a file that does not exist: {path}")
-                size = file.stat().st_size
-                oid = git_oid("blob", lfs_pointer(value["oid"], size))
-                files[path] = Blob(file, size, oid, value["oid"])
-            elif item["key"] == "deletedFile":
-                if files.pop(path, None) is None:
-                    raise Refusal(404, f"{path} does not exist on {parent.sha}", "EntryNotFound")
-            elif item["key"] == "deletedFolder":
-                files = {name: blob for name, blob in files.items() if not name.startswith(path.rstrip("/") + "/")}
+                oid = git_oid("blob", lfs_pointer(value["oid"], file.stat().st_size))
+                files[value["path"]] = Blob(file, file.stat().st_size, oid, value["oid"])
             else:
                 raise Refusal(400, f"unknown operation {item['key']}")
-        commit = repository.commit(files, title, branch)
+        commit = repository.commit(files, title)
         url = f"{self.url}/{repository.id}/commit/{commit.sha}"
         return Reply.json({"success": True, "commitOid": commit.sha, "commitUrl": url, "hookOutput": ""})
-
-    async def _create_branch(self, request: web.Request) -> Reply:
-        repository = self._repository(request, write=True)
-        revision = (await request.json()).get("startingPoint", "main")
-        return self._create_ref(repository.branches, request.match_info["name"], repository, revision)
 
     async def _create_tag(self, request: web.Request) -> Reply:
         repository = self._repository(request, write=True)
         tag = (await request.json())["tag"]
-        return self._create_ref(repository.tags, tag, repository, request.match_info["name"])
-
-    @staticmethod
-    def _create_ref(refs: dict[str, str], name: str, repository: Repository, revision: str) -> Reply:
-        if name in refs:
-            raise Refusal(409, f"Reference already exists: {name}")
-        refs[name] = repository.resolve(revision).sha
+        if tag in repository.tags:
+            raise Refusal(409, f"Reference already exists: {tag}")
+        repository.tags[tag] = repository.resolve(request.match_info["name"]).sha
         return Reply.json({})
 
-    async def _delete_branch(self, request: web.Request) -> Reply:
-        return self._delete_ref(self._repository(request, write=True).branches, request.match_info["name"])
-
     async def _delete_tag(self, request: web.Request) -> Reply:
-        return self._delete_ref(self._repository(request, write=True).tags, request.match_info["name"])
-
-    @staticmethod
-    def _delete_ref(refs: dict[str, str], name: str) -> Reply:
-        if refs.pop(name, None) is None:
-            raise Refusal(404, f"Invalid rev id: {name}", "RevisionNotFound")
+        if self._repository(request, write=True).tags.pop(request.match_info["name"], None) is None:
+            raise Refusal(404, f"Invalid rev id: {request.match_info['name']}", "RevisionNotFound")
         return Reply.json({})
 
 
 def asked_range(header: str, size: int) -> tuple[int, int] | None:
     """The bytes [start, stop) of a file of `size` bytes that a Range header asks for, empty if they lie past its end;
     None if it asks for no range, or for several."""
-    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", header)
-    if asked is None or asked.groups() == ("", ""):
+    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", header)
+    if asked is None:
         return None
     first, last = asked.groups()
-    if first == "":
-        return max(0, size - int(last)), size
     start = min(int(first), size)
     return start, max(start, min(int(last) + 1, size)) if last else size
 
@@ -809,12 +668,6 @@ def entries_below(commit: Commit, folder: str, recursive: bool) -> list[dict]:
         if recursive or len(parts) == 1:
             entries[path] = blob.entry(path)
     return list(entries.values())
-
-
-def with_last_commit(entries: list[dict], commit: Commit, expand: str) -> list[dict]:
-    if str(expand).lower() not in ("1", "true"):
-        return entries
-    return [{**e, "lastCommit": {"id": commit.sha, "title": commit.title, "date": commit.date}} for e in entries]
 
 
 def front_matter(readme: str) -> dict | None:

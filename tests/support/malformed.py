@@ -32,30 +32,30 @@ def recipes(good: dict, draw: random.Random, count: int) -> Iterator[tuple[str, 
     def text(content: dict) -> bytes:
         return yaml.safe_dump(content, sort_keys=False).encode()
 
-    whole = text(good)
+    sound = text(good)
     pairs = {"n_head": 3, "warmup_steps": 60, "tokenizer_name": "gpt2", "report_to": ["paper"], "push_to_hub": True,
              "resume_from_checkpoint": "/nowhere", "data_files": "/nowhere/*.txt", "dataset_name": "a/b/c",
              "sample_prompts": [], "penalty_type": "sharp", "hub_strategy": "never", "min_lr_ratio": 1.5}  # fmt: skip
     cases: list[tuple[str, bytes]] = [
         ("empty", b""),
-        ("not UTF-8", whole + b"run_name: \xff\xfe\n"),
+        ("not UTF-8", sound + b"run_name: \xff\xfe\n"),
         ("a list", b"- a\n- b\n"),
         ("a text", b"hello\n"),
         ("a number", b"5\n"),
         ("binary", bytes(draw.randrange(256) for _ in range(300))),
-        ("a tab", whole + b"\tseed: 5\n"),
-        ("an unclosed bracket", whole + b"report_to: [wandb\n"),
-        ("a Python object", whole + b"seed: !!python/object/apply:os.getcwd []\n"),
-        ("a NUL", whole + b"seed: \x00\n"),
-        ("two documents", whole + b"---\nseed: 5\n"),
-        ("an unknown anchor", whole + b"seed: *other\n"),
-        ("a key that is a list", whole + b"? [a, b]\n: 5\n"),
+        ("a tab", sound + b"\tseed: 5\n"),
+        ("an unclosed bracket", sound + b"report_to: [wandb\n"),
+        ("a Python object", sound + b"seed: !!python/object/apply:os.getcwd []\n"),
+        ("a NUL", sound + b"seed: \x00\n"),
+        ("two documents", sound + b"---\nseed: 5\n"),
+        ("an unknown anchor", sound + b"seed: *other\n"),
+        ("a key that is a list", sound + b"? [a, b]\n: 5\n"),
         ("deep nesting", b"[" * 3000),
     ]
     cases += [(f"{name}: {value}", text(good | {name: value})) for name, value in pairs.items()]
     required = ("dataset_name", "effective_batch_size", "learning_rate", "warmup_steps", "max_steps", "data_files")
     cases += [(f"without {name}", text({k: v for k, v in good.items() if k != name})) for name in required]
-    cases += [(f"{name} twice", whole + f"{name}: 1\n".encode()) for name in draw.sample(sorted(good), 5)]
+    cases += [(f"{name} twice", sound + f"{name}: 1\n".encode()) for name in draw.sample(sorted(good), 5)]
     for name in draw.sample(sorted(good), 8):
         at = draw.randrange(len(name))
         misspelt = name[:at] + "_" + name[at:]

@@ -1,76 +1,118 @@
-"""Runs of the main job as real processes that are forked from one which has imported everything.
+"""Programs as real processes that are forked from one which has imported everything a run imports.
 
-Each is a process of its own, with the whole of `run_clm_owt.main` from the recipe to the exported model, and can be
-killed as any other; only the seconds of its imports are spared. The forking process uses no threads and no torch.
+Each is a process of its own, does the whole of `run_clm_owt.main` from the recipe to the exported model, and can be
+killed as any other; only the seconds of its imports are spared. The forking process is started by WarmStart. It uses
+no threads and no torch, and answers two requests, one after the other: start this program, and how did that one end.
 """
 
 import atexit
-import dataclasses
-import gc
+import importlib
 import os
+import pickle
+import pkgutil
+import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[_name] = "1"
-for _name in [name for name in os.environ if name.startswith(("HF_", "ACCELERATE_", "WANDB_", "XDG_"))]:
-    del os.environ[_name]
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-import importlib  # noqa: E402
-
-import torch.distributed.distributed_c10d as c10d  # noqa: E402
-from transformers import GPT2LMHeadModel, conversion_mapping  # noqa: F401, E402
-
-import run_clm_owt  # noqa: E402
-from clm_owt import modeling  # noqa: F401, E402
-
-# What a run imports on its way, or computes once for a process.
-for _name in (
-    "batching",
-    "device_memory",
-    "fp8",
-    "hub",
-    "perplexity",
-    "plan",
-    "run_folder",
-    "tracking",
-    "data.builder",
-):
-    importlib.import_module(f"clm_owt.{_name}")
-for _name in ("matplotlib.backends.backend_agg", "matplotlib.figure", "gigatoken"):
-    importlib.import_module(_name)
-conversion_mapping.get_checkpoint_conversion_mapping("gpt2")
-gc.collect()
-gc.freeze()  # a collection in a fork would walk through, and copy, all of this
-
-PROCESS_GROUP_TIMEOUT = 20.0  # seconds
+TESTS = Path(__file__).parents[1]
 
 
-@dataclasses.dataclass
+class WarmStart:
+    """Starts programs; in a `with` statement, at whose end none of them is left."""
+
+    def __init__(self, folder: Path):
+        from support.runs import ROOT, environment  # which the forking process need not import
+
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        folders = (folder for folder in TESTS.iterdir() if list(folder.glob("test_*.py")))
+        path = os.pathsep.join(map(str, (ROOT, TESTS, *folders)))
+        self._socket = ours
+        self._jobs: list[Job] = []
+        with theirs:
+            self._server = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno())],
+                cwd=folder,
+                env=environment(folder, PYTHONPATH=path, MKL_NUM_THREADS="1"),
+                pass_fds=[theirs.fileno()],
+            )
+
+    def __enter__(self) -> "WarmStart":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill_all()
+        self._socket.close()
+        self._server.wait(60)
+
+    def start(
+        self,
+        program: str,
+        *arguments: object,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        name: str = "job",
+    ) -> "Job":
+        """Start a function, `module:name`, in `cwd`, which becomes its home as well. The arguments are pickled."""
+        cwd.mkdir(parents=True, exist_ok=True)
+        job = Job(self, 0, cwd / f"{name}.out", cwd / f"{name}.err")
+        env = {"HOME": str(cwd), "HF_HOME": str(cwd / "hf")} | dict(env or {})
+        job.pid = self.ask("start", program, arguments, cwd, env, job.output, job.errors)
+        self._jobs.append(job)
+        return job
+
+    def start_ranks(self, count: int, program: str, *arguments: object, cwd: Path, name: str = "job") -> list["Job"]:
+        """Start a function as the ranks of one run on a CPU, without a launcher; of one rank, as that run alone."""
+        if count == 1:
+            return [self.start(program, *arguments, cwd=cwd, name=name)]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+        }
+        ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        return [self.start(program, *arguments, cwd=cwd, env=env, name=f"{name}-{env['RANK']}") for env in ranks]
+
+    def kill_all(self) -> None:
+        """End what still runs, as after a test that failed."""
+        for job in self._jobs:
+            job.kill()
+        self._jobs.clear()
+
+    def ask(self, *request: object) -> object:
+        self._socket.send(pickle.dumps(request))
+        answer = self._socket.recv(1 << 16)
+        assert answer, "the forking process has died"
+        return pickle.loads(answer)
+
+
+@dataclass
 class Job:
     """A started process."""
 
+    warm: WarmStart
     pid: int
     output: Path
     errors: Path
     status: int | None = None
+    cpu_seconds: float = 0.0  # once it has ended: of it and the processes that it waited for
 
     def poll(self) -> int | None:
         """Its exit status (-n after signal n), None while it runs."""
         if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.status = os.waitstatus_to_exitcode(status)
+            self.status, self.cpu_seconds = self.warm.ask("status", self.pid)
         return self.status
 
     def wait(self, timeout: float = 300.0) -> int | None:
@@ -79,6 +121,30 @@ class Job:
         while self.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         return self.status
+
+    def wait_for_cpu(self, seconds: float) -> None:
+        """Until it has used so much CPU time, or is gone."""
+        ticks = os.sysconf("SC_CLK_TCK")
+        while self.poll() is None:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
+            if (int(fields[11]) + int(fields[12])) / ticks >= seconds:
+                return
+            time.sleep(0.002)
+
+    def wait_for_handlers(self) -> None:
+        """Until it listens to signals, which Python itself does not, or is gone."""
+        while self.poll() is None:
+            caught = int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{self.pid}/status").read_text())[1], 16)
+            if caught >> (signal.SIGUSR1 - 1) & 1:
+                return
+            time.sleep(0.002)
+
+    def wait_for_text(self, text: str) -> None:
+        """Until it has printed `text`."""
+        deadline = time.monotonic() + 240
+        while text not in self.text:
+            assert self.poll() is None and time.monotonic() < deadline, f"it did not come to '{text}':\n{self.text}"
+            time.sleep(0.01)
 
     def send(self, signum: int) -> None:
         if self.poll() is None:
@@ -90,37 +156,74 @@ class Job:
 
     @property
     def text(self) -> str:
-        """All that it printed."""
-        return self.output.read_text(errors="replace") + self.errors.read_text(errors="replace")
+        """All that it has printed."""
+        files = (self.output, self.errors)
+        return "".join(file.read_text(errors="replace") for file in files if file.exists())
 
 
-def start(
-    argv: Sequence[str],
-    cwd: Path,
-    before: Callable[[], None] = lambda: None,
-    env: Mapping[str, str] | None = None,
-    name: str = "job",
-) -> Job:
-    """Start `run_clm_owt.main(argv)` in `cwd`. `before` runs in the new process first: what disturbs it."""
-    cwd.mkdir(parents=True, exist_ok=True)
-    job = Job(0, cwd / f"{name}.out", cwd / f"{name}.err")
+# What follows runs in the forking process and in its forks.
+
+
+def serve(connection: socket.socket) -> None:
+    import_everything()
+    while request := connection.recv(1 << 20):
+        what, *arguments = pickle.loads(request)
+        answer = fork(connection, *arguments) if what == "start" else status_of(*arguments)
+        connection.send(pickle.dumps(answer))
+
+
+def import_everything() -> None:
+    """What a run imports on its way, or computes once for a process."""
+    import gc
+
+    import clm_owt
+
+    for module in pkgutil.walk_packages(clm_owt.__path__, "clm_owt."):
+        if not module.name.startswith("clm_owt.evaluation"):  # which a run has no part of
+            importlib.import_module(module.name)
+    for name in ("run_clm_owt", "matplotlib.backends.backend_agg", "matplotlib.figure", "gigatoken"):
+        importlib.import_module(name)
+    from transformers import GPT2LMHeadModel, conversion_mapping  # noqa: F401
+
+    conversion_mapping.get_checkpoint_conversion_mapping("gpt2")
+    gc.collect()
+    gc.freeze()  # a collection in a fork would walk through, and copy, all of this
     assert threading.active_count() == 1
-    sys.stdout.flush()
-    job.pid = os.fork()
-    if job.pid:
-        return job
-    for descriptor, path in ((1, job.output), (2, job.errors)):
+
+
+def status_of(pid: int) -> tuple[int | None, float]:
+    """Exit status and seconds of CPU time of a program, (None, 0) while it runs."""
+    ended, status, usage = os.wait4(pid, os.WNOHANG)
+    return (os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime) if ended else (None, 0.0)
+
+
+def fork(
+    connection: socket.socket,
+    program: str,
+    arguments: tuple,
+    cwd: Path,
+    env: dict[str, str],
+    output: Path,
+    errors: Path,
+) -> int:
+    """Start a program; gives its process id."""
+    function = pkgutil.resolve_name(program)
+    pid = os.fork()
+    if pid:
+        return pid
+    for descriptor, path in ((1, output), (2, errors)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
         os.close(file)
+    connection.close()
     os.setpgid(0, 0)
     os.chdir(cwd)
-    os.environ.update({"HOME": str(cwd), "HF_HOME": str(cwd / "hf")} | dict(env or {}))
+    os.environ.update(env)
+    os.environ.pop("PYTHONPATH")
     status = 1
     try:
         try:
-            before()
-            run_clm_owt.main(argv)
+            function(*arguments)
             status = 0
         except SystemExit as leaving:
             status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
@@ -134,73 +237,5 @@ def start(
         os._exit(status)
 
 
-def start_several(argv: Sequence[str], cwd: Path, count: int = 2, before=lambda: None, name: str = "job") -> list[Job]:
-    """Start the ranks of one run without a launcher, with a short timeout of their process group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def set_timeout():
-        c10d.default_pg_timeout = timedelta(seconds=PROCESS_GROUP_TIMEOUT)
-        before()
-
-    shared = {
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    ranks = [
-        shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)} for rank in range(count)
-    ]
-    return [start(argv, cwd, set_timeout, env, f"{name}-{env['RANK']}") for env in ranks]
-
-
-def fork_builders() -> None:
-    """For `before`: the builder of the token store is forked too, where its imports would be most of the time."""
-    import subprocess
-
-    from clm_owt.data import builder
-
-    class Forked:
-        """What `Builder` uses of subprocess.Popen."""
-
-        def __init__(self, command, stdin, stdout, stderr, env, start_new_session):
-            reading, writing = os.pipe()
-            self.returncode = None
-            self.pid = os.fork()
-            if self.pid == 0:
-                os.dup2(reading, 0)
-                os.dup2(stdout.fileno(), 1)
-                os.dup2(stderr.fileno(), 2)
-                os.closerange(3, 256)
-                signal.set_wakeup_fd(-1)
-                sys.stdin, sys.stdout = open(0), open(1, "w", closefd=False)  # noqa: SIM115
-                status = 1
-                try:
-                    status = builder.main()
-                except Exception:
-                    traceback.print_exc()
-                sys.stdout.flush()
-                os._exit(status)
-            os.close(reading)
-            self.stdin = os.fdopen(writing, "wb")
-
-        def poll(self):
-            if self.returncode is None:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-                self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-            return self.returncode
-
-        def wait(self, timeout=None):
-            while self.poll() is None:
-                time.sleep(0.01)
-            return self.returncode
-
-        def kill(self):
-            os.kill(self.pid, signal.SIGKILL)
-
-    class ForkingSubprocess:
-        Popen, PIPE, TimeoutExpired = Forked, subprocess.PIPE, subprocess.TimeoutExpired
-
-    builder.subprocess = ForkingSubprocess
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))

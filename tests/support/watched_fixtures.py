@@ -4,72 +4,83 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from support.runs import environment, launcher, run, write_json_lines
+from support.hub_fixtures import english_documents
+from support.runs import ON_CPU, environment, on_processes, run, write_json_lines, write_tiny_recipe
+from support.warm_start import WarmStart
 
 from clm_owt.reports.record import read_metrics
 
 WATCHED = str(Path(__file__).parent / "watched_run.py")
 GLOBAL_BATCH = 16
 STEPS = 20
-
-RECIPE = """\
-dataset_name: json
-data_files: {data_files}
-validation_documents: 2
-train_tokenizer_vocab_size: 400
-data_cache_dir: {cache}
-block_size: 32
-n_layer: 2
-n_head: 2
-n_embd: 32
-effective_batch_size: 16
-learning_rate: 1e-3
-warmup_steps: 2
-max_steps: 20
-logging_steps: 1
-eval_steps: 10
-save_steps: 100
-"""
+CHANGES = {
+    "validation_documents": 2,
+    "effective_batch_size": GLOBAL_BATCH,
+    "learning_rate": 1e-3,
+    "max_steps": STEPS,
+    "eval_steps": 10,
+    "save_steps": 100,
+    "sample_steps": None,
+    "sample_max_new_tokens": None,
+}
 
 
 @pytest.fixture(scope="session")
-def batch_recipe(tmp_path_factory) -> Path:
-    """A recipe whose token store, shared by all runs of the session, is complete."""
-    from support.hub_fixtures import english_documents
+def warm(tmp_path_factory) -> Iterator[WarmStart]:
+    """A process that has imported everything, and starts programs."""
+    with WarmStart(tmp_path_factory.mktemp("warm")) as warm:
+        yield warm
 
+
+@pytest.fixture(scope="session")
+def batch_recipe(warm, tmp_path_factory) -> Path:
+    """A recipe whose token store, shared by all runs of the session, is complete."""
     folder = tmp_path_factory.mktemp("batch")
     data = write_json_lines(folder / "documents.jsonl", english_documents()[:200])
-    recipe = folder / "batch.yaml"
-    text = RECIPE.format(data_files=json.dumps(str(data)), cache=json.dumps(str(folder / "cache")))
-    recipe.write_text(text, encoding="utf-8")
-    result = run([sys.executable, WATCHED], spec(folder / "first.json", [job(recipe, folder / "first")]), cwd=folder)
-    assert result.returncode == 0, result.stderr
+    recipe = write_tiny_recipe(folder, str(data), folder / "cache", "batch", **CHANGES)
+    watch_forked_runs(warm, 1, [watched_run(recipe, folder / "first")], folder)
     return recipe
 
 
-def job(recipe: Path, output: Path, *options: str, **more: object) -> dict[str, object]:
-    return {"argv": ["--recipe", str(recipe), "--output_dir", str(output), *options], **more}
+def watched_run(recipe: Path, output: Path, *options: str, **spec: object) -> dict[str, object]:
+    """One run of the list that watched_run.py does."""
+    return {"argv": ["--recipe", str(recipe), "--output_dir", str(output), *options], **spec}
 
 
-def spec(path: Path, jobs: list[dict[str, object]]) -> str:
-    path.write_text(json.dumps(jobs))
-    return str(path)
+def write_spec(runs: list[dict[str, object]], home: Path) -> str:
+    spec = home / f"spec-{os.urandom(4).hex()}.json"
+    spec.write_text(json.dumps(runs))
+    return str(spec)
 
 
-def watched(processes: int, spec_file: str, home: Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """Do the runs of a spec with `accelerate launch`, and see that none of its processes is left behind."""
-    command = launcher("cpu.yaml") if processes == 1 else launcher("cpu_2proc.yaml", "--num_processes", str(processes))
+def watch_forked_runs(
+    warm: WarmStart, processes: int, runs: list[dict[str, object]], home: Path, status: int = 0
+) -> str:
+    """Do the runs on so many processes, started without a launcher, each of which ends with `status`; gives all that
+    they printed."""
+    program, name = "support.watched_run:main", f"watched-{processes}"
+    jobs = warm.start_ranks(processes, program, write_spec(runs, home), cwd=home, name=name)
+    for job in jobs:
+        assert job.wait(600) == status, job.text
+    return "".join(job.text for job in jobs)
+
+
+def watch_launched_runs(
+    processes: int, runs: list[dict[str, object]], home: Path, fails: bool = False, timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """Do the runs by `accelerate launch`, and see that none of its processes is left behind."""
     mark = f"{home}-{os.urandom(4).hex()}"
-    env = environment(home, MARK_OF_THIS_TEST=mark, ACCELERATE_USE_CPU="true")
-    result = run([*command[:-1], WATCHED, spec_file], cwd=home, env=env, timeout=timeout)
+    env = environment(home, MARK_OF_THIS_TEST=mark, **ON_CPU)
+    result = run(on_processes(processes, WATCHED), write_spec(runs, home), cwd=home, env=env, timeout=timeout)
     assert processes_marked(mark) == []
+    assert (result.returncode != 0) == fails, result.stderr
     return result
 
 
@@ -123,3 +134,11 @@ def assert_same_losses(other: Record, reference: Record) -> None:
 def assert_same_blocks(other: Record, reference: Record) -> None:
     steps = range(1, STEPS + 1)
     assert [other.block_hash(step) for step in steps] == [reference.block_hash(step) for step in steps]
+
+
+def assert_same_loss_and_gradient(other: Record, reference: Record) -> None:
+    """Of every step, taken at the reference's weights, to float32's rounding."""
+    for step in range(1, STEPS + 1):
+        expected, got = reference.gradient(step), other.gradient(step)
+        assert relative(got["loss"], expected["loss"]) < 1e-6
+        assert (got["gradient"] - expected["gradient"]).norm() < 1e-6 * expected["gradient"].norm()

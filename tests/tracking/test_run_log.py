@@ -6,18 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from clm_owt.formatting import clock
 from clm_owt.reports.record import read_metrics
 from clm_owt.state import TrainState
-from clm_owt.tracking import run_log as tracking
-from clm_owt.tracking.run_log import (
-    Throughput,
-    Tracker,
-    cut_back_metrics,
-    cut_back_samples,
-    flops_per_token,
-    peak_flops,
-)
+from clm_owt.tracking import run_log
+from clm_owt.tracking.run_log import RunLog, cut_back_metrics, cut_back_samples
 
 
 def rows(*pairs):
@@ -48,59 +40,54 @@ def test_samples_after_the_resumed_step_are_dropped(tmp_path):
     assert path.read_text() == "## Step 2\n\n**A** b\n\n"
 
 
-def test_throughput_leaves_out_the_wait_for_data_and_begins_anew_at_each_reading():
-    throughput = Throughput(flops_per_token=10.0, peak_flops=1000.0)
-    throughput.add(100, step_seconds=1.0, data_seconds=5.0)
-    throughput.add(100, step_seconds=3.0, data_seconds=0.0)
-    assert throughput.read() == {"tokens_per_second": 50.0, "step_seconds": 2.0, "data_seconds": 5.0, "mfu": 0.5}
-    throughput.add(100, step_seconds=1.0, data_seconds=0.0)
-    assert throughput.read()["tokens_per_second"] == 100.0
-
-
-def test_mfu_is_not_told_of_a_device_whose_peak_is_not_known():
-    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_flops("Abacus 9000") is None
-    throughput = Throughput(10.0, None)
-    throughput.add(100, 1.0, 0.0)
-    assert "mfu" not in throughput.read()
-
-
-def test_flops_of_gpt2_small():
-    assert flops_per_token(124_439_808, 12, 768, 1024) == 6 * 124_439_808 + 12 * 12 * 768 * 1024
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61.4, "1:01"), (3723, "1:02:03"), (float("nan"), "?")])
-def test_durations_are_told_as_people_read_them(seconds, text):
-    assert clock(seconds) == text
-
-
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
 
 
 @pytest.mark.parametrize("on_terminal", [False, True])
-def test_progress_tells_loss_learning_rate_gradient_norm_throughput_memory_and_time_left(
+def test_progress_shows_loss_learning_rate_gradient_norm_throughput_memory_and_time_left(
     tmp_path, capsys, monkeypatch, on_terminal
 ):
     row = {"step": 5, "loss": 3.25, "learning_rate": 6e-4, "grad_norm": 0.75, "tokens_per_second": 12345.6}
-    monkeypatch.setattr(tracking, "memory_used", lambda: 1.52e9)
+    monkeypatch.setattr(run_log, "memory_used", lambda: 1.52e9)
     if on_terminal:
         monkeypatch.setattr(sys, "stderr", Terminal())
     recipe = SimpleNamespace(output_dir=str(tmp_path), report_to=())
-    tracker = Tracker(recipe, SimpleNamespace(is_main_process=True), total_steps=20)
-    tracker.start(TrainState(), {})
-    monkeypatch.setattr(tracker, "_started", time.monotonic() - 10)  # 5 of 20 steps in 10 s
-    tracker.train_row(row | {"tokens": 640})
+    log = RunLog(recipe, total_steps=20, is_main=True)
+    log.start(TrainState(), {})
+    monkeypatch.setattr(log, "_started", time.monotonic() - 10)  # 5 of 20 steps in 10 s
+    log.train_row(row | {"tokens": 640})
     if on_terminal:
-        tracker._progress.start_t -= 10
-        tracker.advance(5)
-        tracker._progress.refresh()
+        log._progress.start_t -= 10
+        log.advance(5)
+        log._progress.refresh()
         shown = sys.stderr.getvalue().rsplit("\r", 1)[-1]
         assert "| 5/20 [00:10<00:30, " in shown
-        assert ", loss 3.2500, lr 0.0006, gradient norm 0.75, 12,346 tokens/s, 1.5 GB]" in shown
+        assert ", loss 3.2500, lr 0.0006, gradient norm 0.75, 12,346 tokens/s, 1.52 GB]" in shown
     else:
         shown = capsys.readouterr().out
-        expected = "step 5/20  loss 3.2500  lr 0.0006  gradient norm 0.75  12,346 tokens/s  1.5 GB  0:30 left\n"
+        expected = "step 5/20  loss 3.2500  lr 0.0006  gradient norm 0.75  12,346 tokens/s  1.52 GB  0:30 left\n"
         assert shown == expected
-    tracker.close()
+    log.close()
+
+
+def test_processes_that_are_not_the_main_one_write_and_print_nothing(tmp_path, capsys):
+    with RunLog(SimpleNamespace(output_dir=str(tmp_path), report_to=()), total_steps=20, is_main=False) as log:
+        log.start(TrainState(), {})
+        log.train_row({"step": 1})
+        log.validation_row({"step": 1})
+        log.samples(1, ["A"], [" b"])
+        log.say("line")
+        log.advance(1)
+        assert log.unwritten() == []
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+def test_a_row_keeps_its_keys_in_their_order_after_step_and_split(tmp_path):
+    row = {"step": 3, "loss": 2.5, "ce_loss": 2.0, "tokens": 64}
+    with RunLog(SimpleNamespace(output_dir=str(tmp_path), report_to=()), total_steps=20, is_main=True) as log:
+        log.start(TrainState(), {})
+        log.validation_row(row)
+    expected = '{"step": 3, "split": "validation", "loss": 2.5, "ce_loss": 2.0, "tokens": 64}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == expected

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pkgutil
 import signal
 import sqlite3
 import subprocess
@@ -9,19 +10,19 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from support.runs import ROOT, environment, launcher, run
 
-from clm_owt.recipe import GUIDE_PROMPTS
+from clm_owt import recipe
+from clm_owt.recipe import DEFAULT_PROMPTS
 from clm_owt.reports.record import TIMING_FIELDS, read_metrics, read_samples
 from clm_owt.state import TrainState
-from clm_owt.tracking.trackers import Trackers
+from clm_owt.tracking.trackers import TRACKERS, Tracker, Trackers
 from clm_owt.training.checkpoint import checkpoints
 
 pytestmark = pytest.mark.xdist_group("trackers")  # its runs are shared
-
-ALL = ("wandb", "tensorboard", "trackio")
 
 # What people put on their dashboards; `train/mfu` comes with it on a device whose peak is known.
 NAMES = {"validation/loss", "validation/perplexity", "train/tokens_per_second"} | {
@@ -35,8 +36,8 @@ def killed_and_resumed(tiny_recipe, tmp_path_factory):
     """A run of two processes that was killed after its first checkpoint and then finished, and what both sessions
     printed. W&B had a key and no network in the first one, and no key in the second."""
     home = tmp_path_factory.mktemp("watched")
-    command = [*launcher("cpu_2proc.yaml"), "--recipe", str(tiny_recipe), "--report_to", *ALL, "--max_steps", "40"]
-    command += ["--run_name", "watched"]
+    command = [*launcher("cpu_2proc.yaml"), "--recipe", str(tiny_recipe), "--report_to", *recipe.TRACKERS]
+    command += ["--max_steps", "40", "--run_name", "watched"]
     env = environment(home, ACCELERATE_USE_CPU="true")
     folder = home / "runs/watched"
     unreachable = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
@@ -157,43 +158,126 @@ def test_trackio_holds_the_metrics_of_one_run(killed_and_resumed):
     logged = [json.loads(metrics) for _, _, metrics in rows]
     assert {name for metrics in logged for name in metrics} >= NAMES
     tables = [metrics["samples"]["_value"] for metrics in logged if "samples" in metrics]
-    assert tables and all([line["prompt"] for line in table] == list(GUIDE_PROMPTS) for table in tables)
+    assert tables and all([line["prompt"] for line in table] == list(DEFAULT_PROMPTS) for table in tables)
 
 
-def test_a_tracker_that_fails_costs_one_line_and_the_others_go_on(tmp_path):
-    said, logged = [], []
+class Kept(Tracker):
+    """Keeps the rows of a session."""
 
-    class Failing:
-        def log(self, values, step):
-            raise OSError("disk full")
+    rows: ClassVar[list[tuple[int, dict]]] = []
 
-    class Working:
-        def log(self, values, step):
-            logged.append((step, values["train/loss"]))
+    def start(self, run_id, config, begun):
+        self.rows.clear()
 
-    trackers = Trackers(SimpleNamespace(output_dir=str(tmp_path), report_to=()), said.append)
-    trackers._running = {"trackio": Failing(), "tensorboard": Working()}
-    for step in (1, 2):
-        trackers.row("train", {"step": step, "loss": 2.0, "tokens": 5})
-    assert said == ["trackio failed (OSError: disk full): the run goes on without it; metrics.jsonl has everything"]
-    assert logged == [(1, 2.0), (2, 2.0)]
+    def row(self, step, values):
+        self.rows.append((step, values))
+
+    def finish(self):
+        pass
 
 
-def test_wandb_that_cannot_send_its_last_rows_says_how_to_sync_them_later(tmp_path):
-    class Stuck:
-        def finish(self):
-            raise TimeoutError("Timed out finishing run.")
+class FailsAtRow(Kept):
+    def row(self, step, values):
+        raise OSError("disk full")
 
+
+class FailsAtStart(Kept):
+    def start(self, run_id, config, begun):
+        raise PermissionError("no")
+
+
+class FailsAtFinish(Kept):
+    def row(self, step, values):
+        pass
+
+    def finish(self):
+        raise TimeoutError("Timed out.\nReally.")
+
+    def how_to_recover(self):
+        return "to send it: send"
+
+
+@pytest.fixture
+def session(tmp_path, monkeypatch):
+    """Hands rows of these steps to trackers of these classes, from `state` on; gives what was said."""
+
+    def run_session(*classes: type[Tracker], steps=(1, 2), state=None, written=-1) -> list[str]:
+        said = []
+        for tracker in classes:
+            monkeypatch.setitem(TRACKERS, tracker.__name__, f"{__name__}:{tracker.__name__}")
+        recipe = SimpleNamespace(output_dir=str(tmp_path), report_to=[tracker.__name__ for tracker in classes])
+        trackers = Trackers(recipe, said.append)
+        trackers.start(state or TrainState(), {}, {"train": written, "validation": -1, "samples": -1})
+        for step in steps:
+            trackers.row("train", {"step": step, "loss": 2.0, "epoch": None, "tokens": 5 * step})
+        trackers.summary({"best_validation_loss": 2.0})
+        trackers.finish()
+        return said
+
+    return run_session
+
+
+@pytest.mark.parametrize(
+    ("failing", "reason"),
+    [
+        (FailsAtRow, "OSError: disk full"),
+        (FailsAtStart, "PermissionError: no"),
+        (FailsAtFinish, "TimeoutError: Timed out. Really."),
+    ],
+)
+def test_a_tracker_that_fails_is_dropped_with_one_line_and_the_others_go_on(session, failing, reason):
+    (line,) = session(failing, Kept)
+    line_of_all = f"{failing.__name__} failed ({reason}): the run goes on without it; metrics.jsonl has everything"
+    assert line == line_of_all + ("; to send it: send" if failing is FailsAtFinish else "")
+    assert Kept.rows == [(1, {"train/loss": 2.0, "tokens": 5}), (2, {"train/loss": 2.0, "tokens": 10})]
+
+
+def test_a_tracker_whose_package_is_broken_costs_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(TRACKERS, "broken", "no_such_package:Tracker")
     said = []
-    trackers = Trackers(SimpleNamespace(output_dir=str(tmp_path), report_to=()), said.append)
-    trackers._running = {"wandb": Stuck()}
+    trackers = Trackers(SimpleNamespace(output_dir=str(tmp_path), report_to=("broken",)), said.append)
+    trackers.start(TrainState(), {}, {})
+    trackers.row("train", {"step": 1, "loss": 2.0, "tokens": 5})
     trackers.finish()
-    (line,) = said
-    assert line.startswith("wandb failed (TimeoutError: Timed out finishing run.): the run goes on without it")
-    assert line.endswith(f"; to sync what it has: wandb sync {tmp_path}/wandb/*run-*")
+    assert said == [
+        "broken failed (ModuleNotFoundError: No module named 'no_such_package'): the run goes on without it; "
+        "metrics.jsonl has everything"
+    ]
 
 
-def test_a_tracker_that_cannot_start_costs_one_line(tmp_path):
+def test_the_registry_holds_a_class_for_each_name_that_a_recipe_may_give():
+    assert tuple(TRACKERS) == recipe.TRACKERS
+    for name, place in TRACKERS.items():
+        assert issubclass(pkgutil.resolve_name(place), Tracker), name
+
+
+def test_a_package_is_imported_only_for_a_run_that_reports_to_it():
+    code = (
+        "import sys, clm_owt.tracking.trackers\n"
+        "assert not {'wandb', 'tensorboard', 'trackio', 'accelerate'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_wandb_that_failed_says_how_to_sync_what_it_has(tmp_path, monkeypatch):
+    from clm_owt.tracking.wandb_tracker import WandbTracker
+
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    tracker = WandbTracker(SimpleNamespace(output_dir=str(tmp_path)), print)
+    assert tracker.how_to_recover() == f"to sync what it has: wandb sync {tmp_path}/wandb/*run-*"
+
+
+def test_wandb_takes_the_id_that_a_sweeps_agent_gives(monkeypatch):
+    from clm_owt.tracking.wandb_tracker import WandbTracker
+
+    tracker = WandbTracker(SimpleNamespace(output_dir="x"), print)
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    assert tracker.new_run_id() == "abc"
+    monkeypatch.delenv("WANDB_RUN_ID")
+    assert tracker.new_run_id() != tracker.new_run_id()
+
+
+def test_tensorboard_that_cannot_write_costs_one_line(tmp_path):
     (tmp_path / "tensorboard").write_text("a file stands where the folder should be")
     said = []
     trackers = Trackers(SimpleNamespace(output_dir=str(tmp_path), report_to=("tensorboard",)), said.append)
@@ -203,21 +287,16 @@ def test_a_tracker_that_cannot_start_costs_one_line(tmp_path):
     trackers.finish()
 
 
-def test_rows_that_an_earlier_session_handed_over_are_not_handed_over_again(tmp_path):
-    logged = []
-    recipe = SimpleNamespace(output_dir=str(tmp_path), report_to=("tensorboard",))
-
-    def session(state: TrainState, written: int, steps: range) -> None:
-        trackers = Trackers(recipe, print)
-        trackers.start(state, {}, {"train": written, "validation": -1, "samples": -1})
-        trackers._running = {"tensorboard": SimpleNamespace(log=lambda values, step: logged.append(step))}
-        for step in steps:
-            trackers.row("train", {"step": step, "loss": 2.0, "tokens": 5})
-
-    session(TrainState(), -1, range(1, 11))
-    session(TrainState(step=4), 10, range(5, 7))  # killed at 6 again, before it came to something new
-    session(TrainState(step=4), 6, range(5, 15))
-    assert logged == list(range(1, 15))
+def test_rows_that_an_earlier_session_handed_over_are_not_handed_over_again(session):
+    steps = []
+    for first, state, written in (
+        (range(1, 11), TrainState(), -1),
+        (range(5, 7), TrainState(step=4), 10),  # killed at 6 again, before it came to something new
+        (range(5, 15), TrainState(step=4), 6),
+    ):
+        assert session(Kept, steps=first, state=state, written=written) == []
+        steps += [step for step, _ in Kept.rows]
+    assert steps == list(range(1, 15))
 
 
 def test_a_run_keeps_its_id_whether_a_checkpoint_or_the_folder_knows_it(tmp_path):

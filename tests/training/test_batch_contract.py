@@ -8,11 +8,10 @@ from support.watched_fixtures import (
     STEPS,
     Record,
     assert_same_blocks,
+    assert_same_loss_and_gradient,
     assert_same_losses,
-    job,
-    relative,
-    spec,
-    watched,
+    watch_forked_runs,
+    watched_run,
 )
 
 from clm_owt.recipe import PENALTY_TYPES
@@ -33,18 +32,18 @@ pytestmark = pytest.mark.xdist_group("batch contract")
 
 
 @pytest.fixture(scope="module")
-def records(batch_recipe, tmp_path_factory) -> dict[tuple, Record]:
+def records(warm, batch_recipe, tmp_path_factory) -> dict[tuple, Record]:
     """A run for each cut and penalty type, by (processes, micro-batch, penalty type), and for each fault with the
     largest micro-batch of one and of two processes, by (processes, fault)."""
     home = tmp_path_factory.mktemp("cuts")
     found: dict[tuple, Record] = {}
     for processes, micro_batches in CUTS.items():
-        jobs = []
+        runs = []
 
-        def add(key: tuple, *options: str, jobs: list = jobs, **more: object) -> None:
+        def add(key: tuple, *options: str, runs: list = runs, **more: object) -> None:
             name = "-".join(map(str, key)).replace(" ", "_")
             found[key] = Record(home / "records" / name, home / "runs" / name)
-            jobs.append(job(batch_recipe, found[key].output, *options, record=str(found[key].folder), **more))
+            runs.append(watched_run(batch_recipe, found[key].output, *options, record=str(found[key].folder), **more))
 
         for micro_batch, penalty in itertools.product(micro_batches, PENALTY_TYPES):
             options = ["--auto_batch_size=false", f"--max_batch_size={micro_batch}"]
@@ -56,19 +55,14 @@ def records(batch_recipe, tmp_path_factory) -> dict[tuple, Record]:
             for fault, (error, _) in FAULTS.items():
                 errors = [{"rank": processes - 1, "kind": "memory", **error}]
                 add((processes, fault), "--penalty_weight=0.01", errors=errors)
-        result = watched(processes, spec(home / f"{processes}.json", jobs), home)
-        assert result.returncode == 0, result.stderr
+        watch_forked_runs(warm, processes, runs, home)
     return found
 
 
 @pytest.mark.parametrize("penalty", PENALTY_TYPES)
 @pytest.mark.parametrize(("processes", "micro_batch"), OTHER_CUTS)
 def test_from_the_same_weights_every_cut_gives_the_same_loss_and_gradient(records, processes, micro_batch, penalty):
-    reference, other = records[1, 16, penalty], records[processes, micro_batch, penalty]
-    for step in range(1, STEPS + 1):
-        expected, got = reference.gradient(step), other.gradient(step)
-        assert relative(got["loss"], expected["loss"]) < 1e-6
-        assert (got["gradient"] - expected["gradient"]).norm() < 1e-6 * expected["gradient"].norm()
+    assert_same_loss_and_gradient(records[processes, micro_batch, penalty], records[1, 16, penalty])
 
 
 @pytest.mark.parametrize("penalty", PENALTY_TYPES)

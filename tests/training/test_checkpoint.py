@@ -14,7 +14,7 @@ from clm_owt.training.checkpoint import (
     MARKER,
     CheckpointWriter,
     checkpoints,
-    damage,
+    find_corruption,
     find_newest,
     restore,
     set_aside_newer,
@@ -22,7 +22,7 @@ from clm_owt.training.checkpoint import (
     write_snapshot,
 )
 
-ALONE = SimpleNamespace(rank=0, gather=lambda value: [value])
+ALONE = SimpleNamespace(rank=0, is_main=True, gather=lambda value: [value])
 
 
 def model_and_optimizer(seed: int = 0):
@@ -78,7 +78,7 @@ def test_tied_weights_are_saved_once(tmp_path):
     assert list(snapshot.model) == ["0.weight"]
 
 
-def test_a_checkpoint_has_its_name_only_when_whole(tmp_path, monkeypatch):
+def test_a_checkpoint_has_its_name_only_when_complete(tmp_path, monkeypatch):
     from clm_owt.training import checkpoint
 
     def fail(*_):
@@ -90,10 +90,10 @@ def test_a_checkpoint_has_its_name_only_when_whole(tmp_path, monkeypatch):
     assert checkpoints(tmp_path) == []
     assert find_newest(tmp_path) == (None, [])
     monkeypatch.undo()
-    assert damage(write_snapshot(snapshot_at(1), tmp_path)) is None
+    assert find_corruption(write_snapshot(snapshot_at(1), tmp_path)) is None
 
 
-def test_older_checkpoints_are_pruned_after_the_new_one_is_whole(tmp_path):
+def test_older_checkpoints_are_pruned_after_the_new_one_is_complete(tmp_path):
     writer = CheckpointWriter(tmp_path, total_limit=2)
     for number in (5, 10, 15):
         writer.write(snapshot_at(number))
@@ -118,7 +118,7 @@ def test_the_best_is_the_one_that_was_validated_and_no_later_one(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000025", "step-00000010"]
 
 
-def test_the_one_continued_from_stays_until_a_newer_is_whole(tmp_path):
+def test_the_one_continued_from_stays_until_a_newer_is_complete(tmp_path):
     for number in (5, 10, 15):
         write_snapshot(snapshot_at(number), tmp_path)
     set_aside_newer(tmp_path, tmp_path / "step-00000005")
@@ -130,7 +130,7 @@ def test_the_one_continued_from_stays_until_a_newer_is_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
 
 
-def test_a_save_that_fails_is_told_counted_and_leaves_the_older_ones(tmp_path, monkeypatch):
+def test_a_save_that_fails_is_reported_counted_and_leaves_the_older_ones(tmp_path, monkeypatch):
     from clm_owt.training import checkpoint
 
     said = []
@@ -149,7 +149,7 @@ def test_a_save_that_fails_is_told_counted_and_leaves_the_older_ones(tmp_path, m
     assert (writer.failed_in_a_row, writer.saved_step) == (2, 5)
     assert ["No space left" in line and f"Step {n} " in line for line, n in zip(said, (10, 15), strict=True)]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]  # what was half written made room
-    assert damage(tmp_path / "step-00000005") is None
+    assert find_corruption(tmp_path / "step-00000005") is None
     writer.write(snapshot_at(20))
     writer.wait()
     assert (writer.failed_in_a_row, writer.saved_step) == (0, 20)
@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, name, 
 def test_damaged_checkpoints_only_are_an_error_and_no_new_run(tmp_path):
     path = write_snapshot(snapshot_at(5), tmp_path)
     (path / "state.json").unlink()
-    with pytest.raises(InputError, match=r"no whole checkpoint:\n.*step-00000005: state.json is missing\nremove"):
+    with pytest.raises(InputError, match=r"no complete checkpoint:\n.*step-00000005: state.json is missing\nremove"):
         find_newest(tmp_path)
 
 

@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,17 +9,18 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from safetensors.torch import load_file
-from support.runs import ROOT, environment, launcher, run
+from support.runs import ON_CPU, ROOT, environment, launcher, run, started
 from support.watched_fixtures import processes_marked
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from clm_owt.errors import InputError
+from clm_owt.errors import InputError, exit_with
 from clm_owt.model import fp8
 from clm_owt.model.gpt2 import build_model
 from clm_owt.recipe_reader import load_recipe
 from clm_owt.training import checkpoint
-from clm_owt.training.optim import build_optimizer
+from clm_owt.training.launch import create_accelerator
+from clm_owt.training.optim import build_adamw
 
 CONFIGS = {  # name: (distributed type, machines, processes, precision, on a CPU)
     "cpu.yaml": ("NO", 1, 1, "no", True),
@@ -79,24 +77,23 @@ SETTINGS_REFUSED = {
 
 
 @pytest.mark.parametrize("variable", SETTINGS_REFUSED)
-def test_settings_that_cannot_keep_the_promise_are_refused_with_the_mend(variable, tmp_path):
+def test_settings_that_cannot_keep_the_promise_are_refused_with_the_mend(variable, warm, tmp_path):
     """In a process of its own, since Accelerate remembers its first state."""
     value, mend = SETTINGS_REFUSED[variable]
-    code = (
-        "from clm_owt.recipe import load_recipe, exit_with, InputError\n"
-        "from clm_owt.machine import create_accelerator\n"
-        "argv = '--dataset_name python-docs --train_tokenizer_vocab_size 300 --effective_batch_size 16 "
-        "--learning_rate 1 --warmup_steps 0 --max_steps 1'\n"
-        "try: create_accelerator(load_recipe(argv.split()))\n"
-        "except InputError as error: exit_with(error)\n"
-    )
-    env = environment(tmp_path, PYTHONPATH=str(ROOT), **{variable: value})
-    if variable == "ACCELERATE_MIXED_PRECISION":
-        env["ACCELERATE_USE_CPU"] = "false"
-    result = run([sys.executable, "-c", code], cwd=tmp_path, env=env)
-    assert result.returncode == 2, result.stderr
-    assert "error: accelerate config:" in result.stderr
-    assert mend in result.stderr
+    job = warm.start("test_machines:come_up", cwd=tmp_path, env={variable: value})
+    assert job.wait() == 2, job.text
+    assert "error: accelerate config:" in job.text
+    assert mend in job.text
+
+
+def come_up() -> None:
+    """The start of a run."""
+    argv = "--dataset_name python-docs --train_tokenizer_vocab_size 300 --effective_batch_size 16 --learning_rate 1 "
+    argv += "--warmup_steps 0 --max_steps 1"
+    try:
+        create_accelerator(load_recipe(argv.split()))
+    except InputError as error:
+        exit_with(error)
 
 
 def test_processes_that_came_up_alone_are_refused_by_the_main_command(tiny_recipe, tmp_path):
@@ -118,7 +115,7 @@ def small():
 
 
 def step(model, recipe, blocks):
-    optimizer = build_optimizer(model, recipe)
+    optimizer = build_adamw(model, recipe)
     output = model(input_ids=blocks, labels=blocks)
     output.loss.backward()
     optimizer.step()
@@ -126,7 +123,7 @@ def step(model, recipe, blocks):
 
 
 def one_process():
-    return SimpleNamespace(rank=0, gather=lambda value: [value])
+    return SimpleNamespace(rank=0, is_main=True, gather=lambda value: [value])
 
 
 def test_conv1d_as_linear_is_the_same_model_and_is_saved_as_gpt2(small, tmp_path):
@@ -153,7 +150,7 @@ def test_conv1d_as_linear_is_the_same_model_and_is_saved_as_gpt2(small, tmp_path
     # Either continues from the other's checkpoint.
     again = build()
     fp8.conv1d_to_linear(again)
-    checkpoint.restore(folders["plain"], again, build_optimizer(again, recipe), one_process())
+    checkpoint.restore(folders["plain"], again, build_adamw(again, recipe), one_process())
     expected = plain(input_ids=blocks, labels=blocks).loss.item()
     assert again(input_ids=blocks, labels=blocks).loss.item() == pytest.approx(expected, rel=1e-6)
 
@@ -211,7 +208,6 @@ def test_the_slurm_script_saves_before_the_time_limit_requeues_and_continues(bat
         tmp_path,
         PATH=f"{tmp_path}:{os.environ['PATH']}",
         MARK_OF_THIS_TEST=mark,
-        ACCELERATE_USE_CPU="true",
         ACCELERATE=launcher()[0],
         CONFIG="accelerate_configs/cpu_2proc.yaml",
         SCONTROL_LOG=str(tmp_path / "scontrol.log"),
@@ -220,30 +216,20 @@ def test_the_slurm_script_saves_before_the_time_limit_requeues_and_continues(bat
         SLURM_JOB_NUM_NODES="1",
         SLURM_JOB_NODELIST="localhost",
         SLURM_GPUS_ON_NODE="2",
+        **ON_CPU,
     )
     output = tmp_path / "run"
     command = ["bash", str(ROOT / "scripts/launch.slurm"), "--recipe", str(batch_recipe), "--output_dir", str(output)]
     command += ["--max_steps", "100000", "--eval_steps", "100000"]
-    with (tmp_path / "log").open("w") as log:
-        job = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=log, stderr=log)
-        wait_for(lambda: "step 3/" in (tmp_path / "log").read_text(), job)
-        job.send_signal(signal.SIGUSR1)
-        assert job.wait(120) == 0, (tmp_path / "log").read_text()
+    with started(command, cwd=tmp_path, env=env) as job:
+        job.wait_for("step 3/")
+        assert job.stop(signal.SIGUSR1) == 0, job.text
     assert (tmp_path / "scontrol.log").read_text() == "requeue 12345\n"
     assert checkpoint.find_newest(output / "checkpoints")[0] is not None
     assert processes_marked(mark) == []
 
-    with (tmp_path / "log2").open("w") as log:
-        job = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=log, stderr=log)
-        wait_for(lambda: "Continuing after step" in (tmp_path / "log2").read_text(), job)
-        job.send_signal(signal.SIGTERM)  # a preemption: Slurm requeues by itself
-        assert job.wait(120) != 0
+    with started(command, cwd=tmp_path, env=env) as job:
+        job.wait_for("Continuing after step")
+        assert job.stop(signal.SIGTERM) != 0  # a preemption: Slurm requeues by itself
     assert (tmp_path / "scontrol.log").read_text() == "requeue 12345\n"
     assert processes_marked(mark) == []
-
-
-def wait_for(condition, job: subprocess.Popen, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert job.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)

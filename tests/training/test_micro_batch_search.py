@@ -2,8 +2,8 @@
 
 import contextlib
 import ctypes
+import gc
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,16 +11,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from support.runs import MAIN, environment, run
-from support.watched_fixtures import GLOBAL_BATCH, WATCHED, Record, assert_same_losses, job, spec, watched
+from support.runs import PYTHON, ROOT, environment, run
+from support.watched_fixtures import (
+    GLOBAL_BATCH,
+    WATCHED,
+    Record,
+    assert_same_losses,
+    watch_forked_runs,
+    watch_launched_runs,
+    watched_run,
+    write_spec,
+)
 
 from clm_owt.errors import InputError
 from clm_owt.model.gpt2 import build_model
 from clm_owt.recipe_reader import load_recipe
 from clm_owt.stopping import Stopped
 from clm_owt.training import device_memory
-from clm_owt.training import micro_batch_search as batching
 from clm_owt.training.device_memory import Limit, available_memory, cgroup_limits, limited, process_sizes
+from clm_owt.training.launch import find_hardware
 from clm_owt.training.micro_batch_search import find_micro_batch
 from clm_owt.training.processes import Processes
 
@@ -44,25 +53,30 @@ def model():
     M_MMAP_THRESHOLD = -3
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 64 * 1024)
-    return build_model(small_recipe(), 300, 0)
+    # Each try of a search collects garbage, and would walk through all that was imported.
+    gc.collect()
+    gc.freeze()
+    yield build_model(small_recipe(), 300, 0)
+    gc.unfreeze()
 
 
 @pytest.fixture
 def search(model):
     """find_micro_batch for one process on this CPU."""
     accelerator = Accelerator(cpu=True)
+    processes = Processes(accelerator)
+    hardware = find_hardware(accelerator, processes)
 
-    def search(*options: str, **more: object):
-        stop = more.pop("stop", SimpleNamespace(signum=None))
-        return find_micro_batch(model, small_recipe(*options), accelerator, Processes(accelerator), stop, **more)
+    def search(*options: str, signum: int | None = None, **more: object):
+        stop = SimpleNamespace(signum=signum)
+        return find_micro_batch(model, small_recipe(*options), accelerator, processes, stop, hardware, **more)
 
     return search
 
 
-@pytest.fixture
-def memory(monkeypatch):
-    """Say how many bytes are available."""
-    return lambda size: monkeypatch.setattr(batching, "available_memory", lambda device: size)
+def memory(size: int):
+    """For `available`: so many bytes are."""
+    return lambda device: size
 
 
 def test_where_the_first_size_fits_it_takes_one_probe(search):
@@ -80,28 +94,25 @@ def test_without_auto_batch_size_the_recipe_s_is_taken_as_it_is(search):
 
 
 @linux
-def test_under_limits_of_the_kernel():
+def test_under_limits_of_the_kernel(tmp_path):
     """In a process of its own: memory that malloc has kept from earlier tests would serve a probe past its limit."""
-    cases = str(Path(__file__).parent / "kernel_limit_cases.py")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", cases], capture_output=True, text=True
+    cases = str(Path(__file__).with_name("kernel_limit_cases.py"))
+    result = run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", cases], cwd=ROOT, env=environment(tmp_path)
     )
     assert result.returncode == 0, result.stdout
     assert "3 passed" in result.stdout
 
 
-def test_where_not_even_one_block_fits_the_error_says_what_was_tried_and_what_helps(
-    search, memory, model, monkeypatch
-):
+def test_where_not_even_one_block_fits_the_error_says_what_was_tried_and_what_helps(search, model, monkeypatch):
     def forward(**inputs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(model, "forward", forward)
-    memory(64 * MIB)
     with pytest.raises(InputError) as error:
-        search()
+        search(available=memory(64 * MIB))
     text = str(error.value)
-    for part in ("16, 8, 6, 4, 3, 2, 1", "54.4 MiB", "85%", "block_size", "gradient_checkpointing", "n_layer"):
+    for part in ("16, 8, 6, 4, 3, 2, 1", "57 MB", "85%", "block_size", "gradient_checkpointing", "n_layer"):
         assert part in text
 
 
@@ -144,7 +155,7 @@ def test_errors_that_accelerate_does_not_know_are_stepped_down_from_too(search, 
 
 def test_a_signal_ends_the_search(search):
     with pytest.raises(Stopped):
-        search(stop=SimpleNamespace(signum=15))
+        search(signum=15)
 
 
 def test_what_an_earlier_session_found_holds_on_the_same_machine_only(search):
@@ -152,7 +163,7 @@ def test_what_an_earlier_session_found_holds_on_the_same_machine_only(search):
     stored = json.loads(json.dumps(found.to_dict()))
     again = search("--max_batch_size=4", known=stored)
     assert (again.micro_batch, again.from_plan, again.tries) == (4, True, found.tries)
-    for change in ({"memory": 1}, {"processes": 2}, {"device": "cuda (NVIDIA A100)"}):
+    for change in ({"memory": 1}, {"processes": 2}, {"device_name": "NVIDIA A100"}):
         elsewhere = stored | {"machine": stored["machine"] | change, "micro_batch": 3}
         assert search("--max_batch_size=4", known=elsewhere).from_plan is False
     assert search("--max_batch_size=8", known=stored).micro_batch == 8
@@ -205,8 +216,8 @@ def unlimited(batch_recipe, tmp_path_factory) -> tuple[Record, int]:
     """A run without a limit, and the bytes of address space that its process had when the search began."""
     home = tmp_path_factory.mktemp("unlimited")
     record = Record(home / "record", home / "run")
-    jobs = [job(batch_recipe, record.output, *LARGE, record=str(record.folder))]
-    result = run([sys.executable, WATCHED], spec(home / "spec.json", jobs), cwd=home)
+    spec = write_spec([watched_run(batch_recipe, record.output, *LARGE, record=str(record.folder))], home)
+    result = run([sys.executable, WATCHED], spec, cwd=home)
     assert result.returncode == 0, result.stderr
     return record, int((record.folder / "VmSize-0").read_text())
 
@@ -215,9 +226,8 @@ def unlimited(batch_recipe, tmp_path_factory) -> tuple[Record, int]:
 def test_the_main_command_under_ulimit_finds_a_smaller_size_and_the_same_losses(unlimited, batch_recipe, tmp_path):
     record, address_space = unlimited
     kilobytes = (address_space + 300 * MIB) // 1024
-    command = ["bash", "-c", f'ulimit -v {kilobytes}; exec "$@"', "bash", sys.executable, MAIN]
-    command += ["--recipe", str(batch_recipe), "--output_dir", str(tmp_path / "run"), *LARGE]
-    result = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True)
+    command = ["bash", "-c", f'ulimit -v {kilobytes}; exec "$@"', "bash", *PYTHON]
+    result = run(command, "--recipe", str(batch_recipe), "--output_dir", str(tmp_path / "run"), *LARGE, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     other = Record(Path(), tmp_path / "run")
     found = json.loads((other.output / "plan.json").read_text())["micro_batch_search"]
@@ -231,9 +241,8 @@ def test_the_main_command_under_ulimit_finds_a_smaller_size_and_the_same_losses(
 def test_where_one_of_two_processes_is_limited_both_take_what_fits_there(unlimited, batch_recipe, tmp_path):
     record, _ = unlimited
     other = Record(tmp_path / "record", tmp_path / "run")
-    limited_job = job(batch_recipe, other.output, *LARGE, record=str(other.folder), rlimit={"1": 240 * MIB})
-    result = watched(2, spec(tmp_path / "spec.json", [limited_job]), tmp_path)
-    assert result.returncode == 0, result.stderr
+    limits = {"record": str(other.folder), "rlimit": {"1": 240 * MIB}}
+    watch_launched_runs(2, [watched_run(batch_recipe, other.output, *LARGE, **limits)], tmp_path)
     found = json.loads((other.output / "plan.json").read_text())["micro_batch_search"]
     assert found["tries"][0] == 8
     assert found["micro_batch"] < 8
@@ -242,19 +251,16 @@ def test_where_one_of_two_processes_is_limited_both_take_what_fits_there(unlimit
 
 
 @linux
-def test_where_one_block_does_not_fit_on_one_of_two_processes_both_leave_with_one_error(batch_recipe, tmp_path):
-    starved = job(batch_recipe, tmp_path / "run", *LARGE, budgets={"1": MIB // 2})
-    result = watched(2, spec(tmp_path / "spec.json", [starved]), tmp_path)
-    assert result.returncode != 0
-    assert result.stderr.count("error: max_batch_size: not even one block of 256 tokens") == 1
-    assert "tried 8, 4, 3, 2, 1" in result.stderr
+def test_where_one_block_does_not_fit_on_one_of_two_processes_both_leave_with_one_error(warm, batch_recipe, tmp_path):
+    starved = watched_run(batch_recipe, tmp_path / "run", *LARGE, budgets={"1": MIB // 2})
+    text = watch_forked_runs(warm, 2, [starved], tmp_path, status=2)
+    assert text.count("error: max_batch_size: not even one block of 256 tokens") == 1
+    assert "tried 8, 4, 3, 2, 1" in text
 
 
 def test_an_error_that_is_not_about_memory_ends_all_processes_and_is_not_repeated(batch_recipe, tmp_path):
     errors = [{"rank": 1, "at": 3, "kind": "other"}]
-    failing = job(batch_recipe, tmp_path / "run", errors=errors)
-    result = watched(2, spec(tmp_path / "spec.json", [failing]), tmp_path)
-    assert result.returncode != 0
+    result = watch_launched_runs(2, [watched_run(batch_recipe, tmp_path / "run", errors=errors)], tmp_path, fails=True)
     assert "ValueError: not about memory" in result.stderr
     assert "repeating it" not in result.stdout
     assert "step 2/20" in result.stdout

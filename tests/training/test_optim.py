@@ -3,7 +3,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup, get_cosine_with_min_lr_schedule_with_warmup
 
 from clm_owt.recipe_reader import load_recipe
-from clm_owt.training.optim import OutlierGuard, build_optimizer, build_schedule
+from clm_owt.training.optim import OutlierGuard, build_adamw, build_schedule
 
 RECIPE = load_recipe(
     "--dataset_name python-docs --train_tokenizer_vocab_size 512 --effective_batch_size 8 --learning_rate 3e-3 "
@@ -61,7 +61,7 @@ def test_a_schedule_begun_in_the_middle_continues_as_the_whole_one(completed, re
 
 def test_only_matrices_and_embeddings_decay():
     model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3))
-    decayed, plain = build_optimizer(model, RECIPE).param_groups
+    decayed, plain = build_adamw(model, RECIPE).param_groups
     assert [tuple(p.shape) for p in decayed["params"]] == [(5, 4), (3, 4)]
     assert [tuple(p.shape) for p in plain["params"]] == [(4,), (4,), (3,)]
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
@@ -72,7 +72,7 @@ def test_only_matrices_and_embeddings_decay():
 def test_frozen_parameters_are_not_optimised():
     model = torch.nn.Linear(2, 2)
     model.bias.requires_grad_(False)
-    assert [len(group["params"]) for group in build_optimizer(model, RECIPE).param_groups] == [1, 0]
+    assert [len(group["params"]) for group in build_adamw(model, RECIPE).param_groups] == [1, 0]
 
 
 def test_outliers_are_told_only_by_a_full_window():

@@ -21,6 +21,7 @@ from transformers import GPT2Config
 from clm_owt.training.validation import evaluate
 from clm_owt.training.processes import Processes
 from clm_owt.model.gpt2 import GPT2ForPretraining
+from clm_owt.model.losses import perplexity
 from clm_owt.stopping import StopRequest
 
 class Blocks:
@@ -43,7 +44,7 @@ if processes.rank == 0:
     with torch.no_grad():
         logits = model.double()(ids).logits[:, :-1]
         direct = F.cross_entropy(logits.reshape(-1, 97), ids[:, 1:].reshape(-1)).item()
-    print(json.dumps([direct, [[r.loss, r.perplexity] for r in results], processes.count]))
+    print(json.dumps([direct, [[r.loss, perplexity(r.loss)] for r in results], processes.count]))
 """
 
 

@@ -1,0 +1,59 @@
+"""The optimizers of a recipe: one entry each. To add one, add an entry here and its function in training/optim.py.
+
+The plan and the memory estimates read an entry's bytes, the search for the micro-batch allocates them, the model card
+prints its description, and the training builds it. This module imports no torch.
+"""
+
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from clm_owt.recipe import Recipe
+
+# The parameters of a GPT-2, as optimizers tell them apart: `embedding` wte and wpe, `matrix` the other tensors of two
+# dimensions, `vector` biases and LayerNorm weights.
+KINDS = ("embedding", "matrix", "vector")
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """state_bytes: bytes that the optimizer keeps for each parameter, by the parameter's kind; describe: a line for
+    the model card, from the settings of recipe.yaml; builder: `module:function` that makes it of (model, recipe)."""
+
+    state_bytes: Mapping[str, int]
+    describe: Callable[[Mapping[str, Any]], str]
+    builder: str
+
+    def build(self, model: "torch.nn.Module", recipe: "Recipe") -> "torch.optim.Optimizer":
+        return pkgutil.resolve_name(self.builder)(model, recipe)
+
+    def total_state_bytes(self, parameters: Mapping[str, int]) -> int:
+        """Of a model with so many parameters of each kind."""
+        return sum(self.state_bytes[kind] * count for kind, count in parameters.items())
+
+
+def describe_adamw(recipe: Mapping[str, Any]) -> str:
+    return (
+        f"AdamW, β {recipe['adam_beta1']:g} / {recipe['adam_beta2']:g}, ε {recipe['adam_epsilon']:g}, "
+        f"weight decay {recipe['weight_decay']:g}"
+    )
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerEntry(
+        state_bytes=dict.fromkeys(KINDS, 8),  # two moments in float32
+        describe=describe_adamw,
+        builder="clm_owt.training.optim:build_adamw",
+    ),
+}
+
+
+def kind_of(name: str, dimensions: int) -> str:
+    """The kind of a parameter, from its name in `GPT2LMHeadModel` and its number of dimensions."""
+    if name.endswith(("wte.weight", "wpe.weight")):
+        return "embedding"
+    return "matrix" if dimensions >= 2 else "vector"

@@ -1,0 +1,109 @@
+"""The Accelerator and the hardware of a run, and what of a machine's configuration is refused."""
+
+import os
+import warnings
+
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from clm_owt.errors import InputError
+from clm_owt.planning.devices import Hardware, cpu_name, mac_name
+from clm_owt.recipe import Recipe
+from clm_owt.training.device_memory import total_memory
+from clm_owt.training.processes import Processes
+
+UNSUPPORTED = {
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config (tensor or context parallelism)",
+    "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params",
+    "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing (the recipe's gradient_checkpointing decides)",
+}
+
+
+def create_accelerator(recipe: Recipe) -> Accelerator:
+    """The Accelerator of this process, seeded. Raises InputError where the machine's configuration cannot keep a
+    recipe's promises."""
+    quiet_libraries()
+    refuse_unkept_settings()
+    accelerator = Accelerator()
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise InputError(
+            f"accelerate config: {launched} processes were launched but each came up alone; on CPU use "
+            "distributed_type: MULTI_GPU with use_cpu: true and set ACCELERATE_USE_CPU=true in the environment"
+        )
+    if asks_for("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
+        raise InputError(
+            "accelerate config: FSDP comes up as version 1, or on a CPU as a copy of the model in each process; set "
+            "fsdp_version: 2 (accelerate_configs/fsdp2.yaml), or on a CPU take accelerate_configs/cpu_2proc.yaml"
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise InputError(
+            "accelerate config: mixed_precision fp16 needs a loss scale, which this loop has not; use bf16, or no"
+        )
+    set_seed(recipe.seed)
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    return accelerator
+
+
+def quiet_libraries() -> None:
+    """Keep back what libraries say that a user of a recipe can do nothing about: progress bars of downloads, hints on
+    arguments that this program chose."""
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step")
+
+
+def refuse_unkept_settings() -> None:
+    """Raises InputError for settings of an Accelerate config that this program would go against or pass over in
+    silence. `accelerate launch` hands them down in the environment."""
+    problems = []
+    if asks_for("ACCELERATE_USE_DEEPSPEED"):
+        problems.append(
+            "DeepSpeed is not supported: its engine takes the optimizer step inside backward, so neither the check "
+            "for finite numbers nor a repeated step could hold; use FSDP2 (accelerate_configs/fsdp2.yaml)"
+        )
+    for variable, name in UNSUPPORTED.items():
+        if asks_for(variable):
+            problems.append(f"{name} is not supported; take a file of accelerate_configs/")
+    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if dynamo.lower() != "no":
+        problems.append(
+            f"dynamo_backend {dynamo} stands beside the recipe's torch_compile, which decides; set dynamo_backend: no"
+        )
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        problems.append(
+            f"gradient_accumulation_steps {accumulation} stands beside the recipe's effective_batch_size, from which "
+            "the number of micro-batches follows; remove it"
+        )
+    if problems:
+        raise InputError("\n".join(f"accelerate config: {problem}" for problem in problems))
+
+
+def asks_for(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
+
+
+def find_hardware(accelerator: Accelerator, processes: Processes) -> Hardware:
+    """What this run computes on, the same on all processes. Collective."""
+    device = accelerator.device
+    names = {"cuda": lambda: torch.cuda.get_device_name(device), "mps": mac_name}
+    return Hardware(
+        device_type=device.type,
+        device_name=processes.gather(names.get(device.type, cpu_name)())[0],
+        memory=min(processes.gather(total_memory(device))),
+        processes=processes.count,
+        mixed_precision=accelerator.mixed_precision,
+        sharded=processes.sharded,
+    )

@@ -1,0 +1,61 @@
+import json
+
+import pytest
+import yaml
+
+from clm_owt.errors import InputError
+from clm_owt.reports.record import RunRecord, last_steps, read_metrics, read_plan, read_recipe, split_rows
+
+ROWS = [
+    {"step": 0, "split": "validation"},
+    {"step": 1, "split": "train", "micro_batch": 8},
+    {"step": 2, "split": "train", "micro_batch": 4},
+    {"step": 2, "split": "validation"},
+    {"step": 3, "split": "train", "micro_batch": 4},
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"run_name": "tiny"}))
+    (tmp_path / "plan.json").write_text(json.dumps({"resumed_after": [2]}))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS) + '{"step": 4, "spl')
+    (tmp_path / "samples.md").write_text("## Step 1\n\n**A** b\n\n## Step 3\n\n**A** c\n\n")
+    return tmp_path
+
+
+def test_a_torn_last_line_is_left_out(folder):
+    assert read_metrics(folder / "metrics.jsonl") == ROWS
+    assert split_rows(ROWS) == ([ROWS[1], ROWS[2], ROWS[4]], [ROWS[0], ROWS[3]])
+    assert last_steps(folder) == {"train": 3, "validation": 2, "samples": 3}
+
+
+def test_a_record_holds_what_the_folder_does(folder):
+    run = RunRecord.read(folder)
+    assert (run.name, run.train, run.validation) == ("tiny", [ROWS[1], ROWS[2], ROWS[4]], [ROWS[0], ROWS[3]])
+    assert run.samples == {1: "**A** b", 3: "**A** c"}
+    assert run.marks == [(1, "micro-batch 8 → 4"), (2, "resumed")]
+
+
+def test_a_record_can_be_cut_back_to_a_step(folder):
+    run = RunRecord.read(folder).until(2)
+    assert (run.train, run.validation, run.samples) == ([ROWS[1], ROWS[2]], [ROWS[0], ROWS[3]], {1: "**A** b"})
+
+
+def test_a_folder_that_holds_no_run_is_named(folder):
+    with pytest.raises(InputError) as error:
+        read_recipe(folder / "nowhere")
+    assert str(error.value) == f"{folder / 'nowhere'} is no run's folder: it has no recipe.yaml"
+    (folder / "plan.json").unlink()
+    with pytest.raises(InputError, match=r"is no run's folder: it has no plan\.json$"):
+        RunRecord.read(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "", "a: b: c", "\0"])
+def test_a_damaged_file_is_named_with_what_is_wrong_in_one_line(folder, content):
+    for name, read in (("recipe.yaml", read_recipe), ("plan.json", read_plan)):
+        (folder / name).write_text(content)
+        with pytest.raises(InputError) as error:
+            read(folder)
+        assert str(error.value).startswith(f"{folder / name} cannot be read: ")
+        assert "\n" not in str(error.value)

@@ -35,7 +35,7 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
         hardware = launch.find_hardware(accelerator, group)
 
         existing = group.on_main(run_folder.find_existing_run, recipe)
-        if existing.finished:
+        if existing.finished and not plan_only:
             return group.say(*group.on_main(run_folder.summarize, folder))
         stop.reached = existing.reached
         if not plan_only:

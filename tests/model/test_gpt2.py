@@ -163,8 +163,8 @@ def test_micro_batches_add_up_to_the_whole_batch():
     for rows in (slice(0, 2), slice(2, 5)):
         parts.append(model(input_ids=ids[rows], labels=ids[rows], num_items_in_batch=total))
         parts[-1].loss.backward()
-    for field in whole:
-        torch.testing.assert_close(sum(part[field] for part in parts), whole[field])
+    for added, expected_value in zip(zip(*parts, strict=True), whole, strict=True):
+        torch.testing.assert_close(sum(added), expected_value)
     for name, gradient in gradients(model).items():
         assert relative_error(without_key_bias(name, gradient), without_key_bias(name, expected[name])) < 1e-5, name
 
@@ -392,9 +392,9 @@ def test_under_accelerates_autocast_products_are_bfloat16_and_results_float32(fr
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model, evaluation_mode=True)
     output = prepared(input_ids=ids, labels=ids)
     output.loss.backward()
-    for field in expected:
-        assert output[field].dtype == torch.float32
-        assert relative_error(output[field], expected[field]) < 2e-2
+    for value, expected_value in zip(output, expected, strict=True):
+        assert value.dtype == torch.float32
+        assert relative_error(value, expected_value) < 2e-2
     for name, gradient in gradients(model).items():
         assert gradient.dtype == torch.float32
         assert (

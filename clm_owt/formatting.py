@@ -73,6 +73,3 @@ def _is_number(cell: str) -> bool:
     except ValueError:
         return cell in ("", "-")
     return True
-
-
-show_value = format_value  # the name before, until clm_owt/data has taken the new one

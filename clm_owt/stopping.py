@@ -32,7 +32,8 @@ class Stopped(SystemExit):
 
 
 class StopRequest:
-    """Notices SIGTERM, SIGINT and SIGUSR1, and the disappearance of the launcher, which counts as SIGTERM.
+    """Notices SIGTERM, SIGINT and SIGUSR1, and the disappearance of the launcher, which counts as SIGTERM where no
+    signal came before it.
 
     Ends the run at once, by raising Stopped wherever it is, while there is nothing to save; inside `between_steps`
     a request only waits to be asked for. `accelerate launch` with one process forwards no signal, so the worker would
@@ -114,7 +115,9 @@ class StopRequest:
                 except TimeoutError:
                     if self._launcher is not None and os.getppid() != self._launcher:
                         self._launcher = None
-                        os.kill(os.getpid(), signal.SIGTERM)
+                        # After a signal, a Ctrl-C for instance, it left for the same reason: that is no second one.
+                        if first is None:
+                            os.kill(os.getpid(), signal.SIGTERM)
                     continue
                 if not number:
                     return

@@ -9,8 +9,8 @@ python scripts/prepare_data.py --recipe recipes/owt_512.yaml --upload_to me/owt-
 python scripts/prepare_data.py --recipe recipes/owt_512.yaml --download_from me/owt-tokens
 
 The store is the same byte for byte in one piece, by several workers or in parts. Interrupted, the same command goes
-on. A worker encodes a file of the dataset at a time, so that a dataset of one file gains nothing by them;
-starting one takes about 3 s, so that on two cores two of them pay from about half a gigabyte of text on. Parts wait in
+on. A worker encodes a file of the dataset at a time, so that a dataset of one file gains nothing by workers or parts.
+One process encodes on all cores already: workers pay where it waits for a slow source. Parts wait in
 `data_cache_dir`/stores/*.parts: a folder that all jobs share, or one into which all their files are copied.
 Options that are not the script's own are the recipe's. A run needs none of this: it builds the store as it trains.
 """
@@ -42,6 +42,8 @@ from clm_owt.planning.plan import block_bytes, disk_problems, find_disk
 from clm_owt.recipe import Recipe
 from clm_owt.recipe_reader import load_recipe
 
+# On so many cores, workers were not faster than one process for less than a gigabyte of local text (docs/data.md).
+FEW_CORES = 2
 NANOGPT_FILES = {"train": "train.bin", "validation": "val.bin"}
 
 
@@ -116,10 +118,15 @@ def prepare(options: argparse.Namespace, recipe: Recipe) -> None:
 
 
 def useful_workers(num_workers: int, source: Source) -> int:
-    """`num_workers`, or the number of files where that is lower, which is printed."""
-    files = count_files(source) if num_workers > 1 else 1
+    """`num_workers`, or the number of files where that is lower. Prints a line where it is, and where one process
+    would do as well."""
+    if num_workers == 1:
+        return 1
+    files = count_files(source)
     if num_workers > files:
         print_lines(f"--num_workers: {files} instead of {num_workers}, since a worker encodes one file at a time")
+    elif source.files and (os.cpu_count() or 1) <= FEW_CORES:
+        print_lines("--num_workers: one process encodes local files on all cores already; workers gain little here")
     return min(num_workers, files)
 
 

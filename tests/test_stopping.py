@@ -110,6 +110,20 @@ def test_the_disappearance_of_the_launcher_counts_as_a_sigterm():
     assert stopped.value.code == 143
 
 
+def test_a_launcher_that_is_gone_after_a_signal_is_no_second_signal():
+    """A Ctrl-C ends `accelerate launch` at once, and the save takes longer than the echo of a signal."""
+
+    def save():
+        stop = StopRequest()
+        stop._launcher = 1 if os.getppid() != 1 else 2  # another process than the parent now
+        with stop.listening(), stop.between_steps():
+            send(signal.SIGINT)
+            time.sleep(stopping.ECHO_SECONDS + 2.0)  # the watcher looks for the launcher once a second
+            os._exit(0)  # the save is on disk
+
+    assert exit_status_of(save) == 0
+
+
 def test_the_handlers_are_as_before_afterwards():
     before = [signal.getsignal(signum) for signum in StopRequest.SIGNALS]
     with StopRequest().listening():

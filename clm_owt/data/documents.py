@@ -18,7 +18,7 @@ from clm_owt.data.python_docs import python_docs
 from clm_owt.data.retries import READ_PAUSES, pause_or_raise, with_retries
 from clm_owt.data.sources import Source, local_path
 from clm_owt.errors import InputError, one_line
-from clm_owt.formatting import show_value
+from clm_owt.formatting import format_value
 from clm_owt.hub_client import set_timeout
 from clm_owt.recipe import PYTHON_DOCS
 
@@ -191,7 +191,7 @@ def checked_texts(column: pa.ChunkedArray, name: str, column_name: str, first_ro
     if not is_text:
         row, value = first_non_text(texts)
         raise InputError(
-            f"{name}: row {first_row + row}, column {column_name!r}: {show_value(value)} where text was expected "
+            f"{name}: row {first_row + row}, column {column_name!r}: {format_value(value)} where text was expected "
             f"(the column's type is {texts.type})"
         )
     if texts.null_count:

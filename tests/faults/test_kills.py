@@ -88,7 +88,8 @@ def test_a_save_that_a_kill_cuts_short_costs_no_checkpoint(bench, tmp_path, reco
     """SIGKILL between any two file operations of a save"""
     for number in numbers:
         home = tmp_path / str(number)
-        job = bench.start(home, partial(before_file_operation, number, f"step-{save:08d}.partial", kill_myself))
+        begins, ends = (f"step-{step:08d}.partial" for step in (save, save + SAVE_STEPS))
+        job = bench.start(home, partial(before_file_operation, number, begins, ends, kill_myself))
         if job.wait() == 0 and number > 20:
             break  # there is no such operation any more
         assert job.status == -signal.SIGKILL, job.text

@@ -7,7 +7,6 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from clm_owt.errors import InputError, RecipeError
-from clm_owt.formatting import format_duration
 from clm_owt.planning.devices import DEVICES, Hardware, find_device
 from clm_owt.planning.memory import count_parameters
 from clm_owt.planning.plan import Data, Disk, Plan, find_disk, make_plan, plan_lines, times_due
@@ -395,19 +394,3 @@ def test_the_plan_is_kept_whole_for_machines():
     p = plan(owt(), device_name="NVIDIA A100-SXM4-80GB")
     assert p.to_dict() == {f.name: getattr(p, f.name) for f in dataclasses.fields(p)}
     assert "estimated at 50% to 20% of its peak" in "\n".join(plan_lines(p, owt()))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.5, "0.5 s"),
-        (89, "89 s"),
-        (90, "1.5 min"),
-        (5399, "90 min"),
-        (5400, "1.5 h"),
-        (99_644, "28 h"),
-        (3e5, "3.5 days"),
-    ],
-)
-def test_times_are_shown_roughly(seconds, text):
-    assert format_duration(seconds) == text

@@ -66,10 +66,12 @@ def at_step(number: int, action: Callable[[], object], handed_in: HandedIn) -> N
     handed_in.trainer_class = Disturbed
 
 
-def before_file_operation(number: int, begins: str, action: Callable[[], object], handed_in: HandedIn) -> None:
-    """`action` is called before the `number`-th operation on files of checkpoints that comes after the first one on a
-    path with `begins` in it. Operations are those that raise an audit event of Python: opening, creating a
-    folder, renaming, removing."""
+def before_file_operation(
+    number: int, begins: str, ends: str, action: Callable[[], object], handed_in: HandedIn
+) -> None:
+    """`action` is called before the `number`-th operation on files of checkpoints among those after the first one on a
+    path with `begins` in it, and before the first with `ends`. Operations are those that raise an audit event of
+    Python: opening, creating a folder, renaming, removing."""
     count = None
 
     def watch(event: str, arguments: tuple) -> None:
@@ -80,6 +82,8 @@ def before_file_operation(number: int, begins: str, action: Callable[[], object]
         inside_rmtree = event in ("os.remove", "os.rmdir") and arguments[1] != -1  # these paths are relative
         if count is None:
             count = 0 if begins in path else None
+        elif ends in path:
+            count = -(10**6)
         elif "checkpoints" in path or inside_rmtree:
             count += 1
             if count == number:

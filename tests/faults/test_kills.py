@@ -73,7 +73,7 @@ def test_where_one_of_two_processes_is_killed_both_end_and_the_run_continues(
 
 # The fourth save is the first that prunes; after the last one no other tidies up.
 PRUNING_SAVE, LAST_SAVE = 4 * SAVE_STEPS, STEPS
-ONE_OPERATION, ALL_OPERATIONS = [22], itertools.count(1)
+ONE_OPERATION, ALL_OPERATIONS = [22], range(1, 1000)
 
 
 @pytest.mark.parametrize(

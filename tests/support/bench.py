@@ -27,6 +27,7 @@ SAVE_STEPS = 5
 BLOCKS_PER_STEP = 8
 CHANGES = {
     "validation_documents": 3,
+    "n_layer": 1,
     "effective_batch_size": BLOCKS_PER_STEP,
     "max_batch_size": 4,
     "learning_rate": 1e-3,
@@ -35,6 +36,7 @@ CHANGES = {
     "eval_steps": 20,
     "save_steps": SAVE_STEPS,
     "sample_steps": 30,
+    "sample_max_new_tokens": 4,
     "save_total_limit": 3,
 }
 

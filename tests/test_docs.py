@@ -15,6 +15,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from support.forked_commands import ForkedCommands
@@ -115,6 +117,9 @@ class Checkout:
         (folder / "my").mkdir()
         with gzip.open(folder / "my/documents.jsonl.gz", "wt", encoding="utf-8") as file:
             file.writelines(json.dumps({"body": document[:60]}) + "\n" for document in english_documents()[:800])
+        texts = pa.table({"text": list(english_documents()[:200])})
+        for half in range(2):
+            pq.write_table(texts.slice(100 * half, 100), folder / f"my/documents-{half}.parquet")
         (folder / "prompts.txt").write_text("The quick brown fox\nOnce upon a time\n")
         self.run("python run_clm_owt.py --recipe recipes/quickstart.yaml")
         shutil.copytree(folder / "runs/quickstart", folder / "finished")
@@ -212,7 +217,7 @@ def finish_other_runs(checkout: Checkout, command: str) -> None:
 
 PREPARATIONS: list[tuple[str, Callable[[Checkout, str], None]]] = [
     (r".*run_clm_owt.py(?!.*--help)", forget_run),
-    (r".*prepare_data.py.*--(num_workers|part)", forget_store),
+    (r".*prepare_data.py(?!.*parquet).*--(num_workers|part)", forget_store),
     (r".*prepare_data.py.*--merge", encode_all_parts),
     (r".*prepare_data.py.*--download_from", share_store),
     (r".*--revision", share_model),

@@ -63,6 +63,8 @@ class RunLog:
         cut_back_metrics(metrics, state)
         cut_back_samples(samples, state)
         self._metrics, self._samples = AppendOnlyFile(metrics, self.say), AppendOnlyFile(samples, self.say)
+        if state.step:  # a kill may have cut off the last drawing
+            self._curves.redraw()
         self._started = time.monotonic()
 
     def say(self, *lines: str) -> None:

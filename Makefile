@@ -13,7 +13,7 @@ quickstart: $(VENV)/.installed
 	OMP_NUM_THREADS=$$($(BIN)/python -c 'import psutil; print(psutil.cpu_count(logical=False) or 1)') \
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml run_clm_owt.py --recipe recipes/quickstart.yaml
 
-# One thread per test process: pytest-xdist keeps the cores busy with one process each. Tests that share a real run
+# One thread per test process: pytest-xdist keeps the cores busy with a process each, and one more (tests/conftest.py). Tests that share a real run
 # form a group, which one of them takes.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --durations=10

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.disturbances import fork_builders
-from support.runs import PYTHON, launcher, run, started, timeless_metrics, write_json_lines
+from support.runs import PYTHON, launcher, run, timeless_metrics, write_json_lines
 
 from clm_owt.training.checkpoint import checkpoints
 
@@ -76,12 +76,12 @@ def test_the_model_is_an_ordinary_gpt2_that_a_pipeline_loads(complete_run):
     assert generate.model.config.vocab_size == len(generate.tokenizer) == 400
 
 
-def test_the_same_command_again_reports_the_finished_run(complete_run, tiny_recipe):
+def test_the_same_command_again_reports_the_finished_run(complete_run, warm, tiny_recipe):
     before = (complete_run / "metrics.jsonl").read_bytes()
-    result = run(PYTHON, "--recipe", str(tiny_recipe), cwd=complete_run.parent.parent)
-    assert result.returncode == 0
-    assert result.stdout.startswith("Finished tiny: 12 steps")
-    assert "Plan" not in result.stdout
+    again = warm.start("run_clm_owt:main", ["--recipe", str(tiny_recipe)], cwd=complete_run.parent.parent)
+    assert again.wait() == 0
+    assert again.text.startswith("Finished tiny: 12 steps")
+    assert "Plan" not in again.text
     assert (complete_run / "metrics.jsonl").read_bytes() == before
 
 
@@ -90,10 +90,12 @@ def test_a_run_stopped_after_a_checkpoint_continues_to_the_same_end_bit_for_bit(
     complete_run, warm, tiny_recipe, tmp_path, signum, status
 ):
     folder = tmp_path / "runs/tiny"
-    with started(PYTHON, "--recipe", str(tiny_recipe), cwd=tmp_path) as stopped:
-        stopped.wait_until(lambda: checkpoints(folder / "checkpoints"))
-        assert stopped.stop(signum) == status
-        assert "Traceback" not in stopped.text
+    stopped = warm.start("run_clm_owt:main", ["--recipe", str(tiny_recipe)], cwd=tmp_path)
+    while not checkpoints(folder / "checkpoints"):
+        assert stopped.poll() is None, stopped.text
+    stopped.send(signum)
+    assert stopped.wait() == status
+    assert "Traceback" not in stopped.text
     assert not (folder / "model").exists()  # it was stopped before the end
     continued = warm.start("run_clm_owt:main", ["--recipe", str(tiny_recipe)], cwd=tmp_path)
     assert continued.wait() == 0, continued.text
@@ -103,20 +105,20 @@ def test_a_run_stopped_after_a_checkpoint_continues_to_the_same_end_bit_for_bit(
     assert (folder / "model/model.safetensors").read_bytes() == (complete_run / "model/model.safetensors").read_bytes()
 
 
-def test_a_folder_that_holds_another_run_is_refused_with_the_way_on(complete_run, tiny_recipe):
+def test_a_folder_that_holds_another_run_is_refused_with_the_way_on(complete_run, warm, tiny_recipe):
     before = sorted(path.name for path in complete_run.rglob("*"))
     options = ["--recipe", str(tiny_recipe), "--learning_rate", "1e-3", "--output_dir", str(complete_run)]
-    result = run(PYTHON, *options, cwd=complete_run.parent)
-    assert result.returncode == 2
-    assert "holds another run (learning_rate: 0.003 -> 0.001)" in result.stderr
-    assert f"--init_from {complete_run}/model --output_dir" in result.stderr
+    refused = warm.start("run_clm_owt:main", options, cwd=complete_run.parent.parent)
+    assert refused.wait() == 2
+    assert "holds another run (learning_rate: 0.003 -> 0.001)" in refused.text
+    assert f"--init_from {complete_run}/model --output_dir" in refused.text
     assert sorted(path.name for path in complete_run.rglob("*")) == before
 
 
-def test_the_plan_alone_trains_nothing_and_leaves_no_run_folder(tiny_recipe, tmp_path):
-    result = run(PYTHON, "--recipe", str(tiny_recipe), "--plan_only", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "12 steps of 256 tokens" in result.stdout
+def test_the_plan_alone_trains_nothing_and_leaves_no_run_folder(warm, tiny_recipe, tmp_path):
+    plan = warm.start("run_clm_owt:main", ["--recipe", str(tiny_recipe), "--plan_only"], cwd=tmp_path)
+    assert plan.wait() == 0, plan.text
+    assert "12 steps of 256 tokens" in plan.text
     assert not (tmp_path / "runs").exists()
 
 

@@ -201,7 +201,7 @@ if "clm_owt.data.builder" in sys.orig_argv:
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_training_consumes_the_same_blocks_from_a_store_that_is_still_being_built_slowly(
     whole, parquet_files, tmp_path, processes
 ):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from clm_owt.recipe import Recipe
+    from clm_owt.training.processes import Processes
 
 # The parameters of a GPT-2, as optimizers tell them apart: `embedding` wte and wpe, `matrix` the other tensors of two
 # dimensions, `vector` biases and LayerNorm weights.
@@ -22,14 +23,18 @@ KINDS = ("embedding", "matrix", "vector")
 @dataclass(frozen=True)
 class OptimizerEntry:
     """state_bytes: bytes that the optimizer keeps for each parameter, by the parameter's kind; describe: a line for
-    the model card, from the settings of recipe.yaml; builder: `module:function` that makes it of (model, recipe)."""
+    the model card, from the settings of recipe.yaml; builder: `module:function` that makes it of (model, recipe,
+    processes)."""
 
     state_bytes: Mapping[str, int]
     describe: Callable[[Mapping[str, Any]], str]
     builder: str
 
-    def build(self, model: "torch.nn.Module", recipe: "Recipe") -> "torch.optim.Optimizer":
-        return pkgutil.resolve_name(self.builder)(model, recipe)
+    def build(
+        self, model: "torch.nn.Module", recipe: "Recipe", processes: "Processes | None" = None
+    ) -> "torch.optim.Optimizer":
+        """Over the model's parameters; `processes` (None: this one) may share the work of a step."""
+        return pkgutil.resolve_name(self.builder)(model, recipe, processes)
 
     def total_state_bytes(self, parameters: Mapping[str, int]) -> int:
         """Of a model with so many parameters of each kind."""
@@ -43,11 +48,24 @@ def describe_adamw(recipe: Mapping[str, Any]) -> str:
     )
 
 
+def describe_muon(recipe: Mapping[str, Any]) -> str:
+    rate = recipe.get("embedding_learning_rate") or recipe["learning_rate"]
+    return (
+        f"Muon (momentum 0.95, updates of AdamW's size, weight decay {recipe['weight_decay']:g}) for the matrices of "
+        f"the transformer blocks; for the rest, at a peak rate of {rate:g}, {describe_adamw(recipe)}"
+    )
+
+
 OPTIMIZERS = {
     "adamw": OptimizerEntry(
         state_bytes=dict.fromkeys(KINDS, 8),  # two moments in float32
         describe=describe_adamw,
         builder="clm_owt.training.optim:build_adamw",
+    ),
+    "muon": OptimizerEntry(
+        state_bytes={"embedding": 8, "matrix": 4, "vector": 8},  # one momentum in float32; AdamW's two
+        describe=describe_muon,
+        builder="clm_owt.training.optim:build_muon",
     ),
 }
 

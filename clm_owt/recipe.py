@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from clm_owt.optimizers import OPTIMIZERS
+from clm_owt.schedule import SCHEDULES, Schedule
 
 PENALTY_TYPES = ("non_max_sum", "neg_max_prob", "neg_entropy", "top_k_mass")
 FILE_FORMATS = ("text", "json", "parquet")
@@ -88,9 +89,12 @@ class Recipe:
     init_from: str | None = result_key("weights to continue from (Hub id or folder); none: from scratch", None)
     pad_vocab_multiple: int | None = result_key("pad the vocabulary in training to a multiple", None, at_least(1))
     # optimisation
-    optimizer: str = result_key("the optimizer", "adamw", one_of(*OPTIMIZERS))
+    optimizer: str = result_key("muon: for the blocks' matrices, AdamW for the rest", "adamw", one_of(*OPTIMIZERS))
     effective_batch_size: int = result_key("blocks per optimizer step, over all processes", rule=at_least(1))
     learning_rate: float = result_key("peak learning rate", rule=above(0))
+    embedding_learning_rate: float | None = result_key("muon: AdamW's; none: learning_rate", None, above(0))
+    lr_schedule: str = result_key("wsd: constant, then linear over decay_share", "cosine", one_of(*SCHEDULES))
+    decay_share: float = result_key("share of all steps in which wsd decays", 0.2, fraction("(", "]"))
     min_lr_ratio: float = result_key("floor of the schedule as a share of the peak", 0.1, fraction("[", "]"))
     warmup_steps: int = result_key("steps of linear warm-up", rule=at_least(0))
     allow_incomplete_warmup: bool = key("run although the warm-up does not end before the run does", False)
@@ -143,6 +147,10 @@ class Recipe:
             return self.max_steps
         blocks = self.expected_train_blocks or train_blocks
         return None if blocks is None else int(self.num_train_epochs * blocks / self.effective_batch_size)
+
+    def schedule(self, total_steps: int) -> Schedule:
+        """The learning rate of a run of that length, as a share of `learning_rate`."""
+        return Schedule(self.warmup_steps, total_steps, self.min_lr_ratio, self.lr_schedule, self.decay_share)
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that the weights of the run depend on."""

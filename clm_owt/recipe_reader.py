@@ -231,6 +231,7 @@ def combination_problems(values: dict[str, Any], broken: set[str]) -> list[str]:
         *data_problems(get),
         *tokenizer_problems(get, broken),
         *model_problems(get),
+        *optimiser_problems(get),
         *length_problems(get, broken),
         *output_problems(get),
     ]
@@ -284,6 +285,21 @@ def model_problems(get: Get) -> list[str]:
     problems = []
     if get("n_embd") and get("n_head") and get("n_embd") % get("n_head"):
         problems.append(f"n_embd: {get('n_embd')} is not a multiple of n_head {get('n_head')}; change one of them")
+    return problems
+
+
+def optimiser_problems(get: Get) -> list[str]:
+    """Settings that another one would leave without effect."""
+    problems = []
+    if get("embedding_learning_rate") and get("optimizer") != "muon":
+        problems.append(
+            f"embedding_learning_rate: {get('embedding_learning_rate'):g} is read by optimizer muon only; remove it, "
+            "or set optimizer: muon"
+        )
+    if get("decay_share") not in (None, FIELDS["decay_share"].default) and get("lr_schedule") != "wsd":
+        problems.append(
+            f"decay_share: {get('decay_share'):g} is read by lr_schedule wsd only; remove it, or set lr_schedule: wsd"
+        )
     return problems
 
 

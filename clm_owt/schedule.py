@@ -1,21 +1,56 @@
 """The learning rate as a pure function of the step, for the plan, the pictures and the optimizer."""
 
 import math
+from dataclasses import dataclass
+
+SCHEDULES = ("cosine", "linear", "wsd")
 
 
-def rate_factor(step: int, warmup_steps: int, total_steps: int, min_lr_ratio: float) -> float:
-    """The share of the peak rate after `step` steps, that is for step number `step` + 1: linear from 0 over the
-    warm-up, then a cosine from 1 to `min_lr_ratio` at `total_steps`, and that share ever after.
+@dataclass(frozen=True)
+class Schedule:
+    """A warm-up, linear from 0 to the peak, and what follows until `total_steps`, where the rate has come down to
+    `min_lr_ratio` of the peak. It stays there ever after.
 
-    In the warm-up it is what transformers' `get_cosine_schedule_with_warmup` gives, in the decay `min_lr_ratio` +
-    (1 - `min_lr_ratio`) times that. (Beyond `total_steps` transformers' rate rises again.)
+    cosine   a half cosine, as transformers' `get_cosine_schedule_with_warmup` with its decay rescaled to that floor
+    linear   a straight line
+    wsd      warm-up, stable, decay: the peak, and a straight line over the last `decay_share` of all steps. Up to the
+             decay it is the same however long the run (Hu 2024, MiniCPM, arXiv 2404.06395)
     """
-    if step < warmup_steps:
-        return step / warmup_steps
-    if step >= total_steps:
-        return min_lr_ratio
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    warmup_steps: int
+    total_steps: int
+    min_lr_ratio: float = 0.1
+    kind: str = "cosine"
+    decay_share: float = 0.2
+
+    def factor(self, step: int) -> float:
+        """The share of the peak rate after `step` steps, that is for step number `step` + 1."""
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
+        if step >= self.total_steps:
+            return self.min_lr_ratio
+        progress = max(0.0, (step - self.decay_start) / (self.total_steps - self.decay_start))
+        remaining = 0.5 * (1.0 + math.cos(math.pi * progress)) if self.kind == "cosine" else 1.0 - progress
+        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * remaining
+
+    @property
+    def decay_start(self) -> int:
+        """The step after which the rate falls."""
+        if self.kind != "wsd":
+            return self.warmup_steps
+        return max(self.warmup_steps, self.total_steps - round(self.decay_share * self.total_steps))
+
+    @property
+    def shape(self) -> str:
+        """What follows the warm-up, in a few words."""
+        if self.kind == "wsd":
+            return f"constant up to step {self.decay_start:,}, then linear"
+        return self.kind
+
+    @property
+    def warmup_ends(self) -> bool:
+        """Whether the warm-up ends before the run does."""
+        return self.warmup_steps < self.total_steps
 
 
 def schedule_problems(

@@ -6,35 +6,27 @@ python scripts/visualize_lr_schedule.py --recipe recipes/owt_512.yaml recipes/ow
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clm_owt.errors import InputError, exit_with
 from clm_owt.files import replacing
 from clm_owt.recipe_reader import load_recipe
-from clm_owt.schedule import rate_factor
+from clm_owt.schedule import SCHEDULES, Schedule
 
 WIDTH, HEIGHT = 72, 12
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """A warm-up and cosine decay, with the name it is shown by."""
+class Curve(Schedule):
+    """A schedule with its peak rate, and the name it is shown by."""
 
-    name: str
-    peak: float
-    warmup_steps: int
-    total_steps: int
-    min_lr_ratio: float
+    name: str = ""
+    peak: float = 1.0
 
     def rate(self, step: int) -> float:
         """The learning rate after `step` steps."""
-        return self.peak * rate_factor(step, self.warmup_steps, self.total_steps, self.min_lr_ratio)
-
-    @property
-    def warmup_ends(self) -> bool:
-        """Whether the warm-up ends before the run does."""
-        return self.warmup_steps < self.total_steps
+        return self.peak * self.factor(step)
 
     @property
     def last_rate(self) -> float:
@@ -72,7 +64,7 @@ class Schedule:
         return [*lines, f"{'':>9} 0{end:>{WIDTH - 1}}"]
 
 
-def draw(schedules: list[Schedule], file: Path) -> None:
+def draw(schedules: list[Curve], file: Path) -> None:
     """Draw all schedules to a picture; dots mark where a warm-up ends and where a rate stops."""
     import matplotlib
 
@@ -101,7 +93,7 @@ def draw(schedules: list[Schedule], file: Path) -> None:
     plt.close(figure)
 
 
-def read_arguments(argv: list[str]) -> tuple[list[Schedule], Path]:
+def read_arguments(argv: list[str]) -> tuple[list[Curve], Path]:
     """The schedules to draw, and the file to draw them in. Raises InputError where something is missing."""
     parser = argparse.ArgumentParser(
         prog="scripts/visualize_lr_schedule.py",
@@ -113,6 +105,8 @@ def read_arguments(argv: list[str]) -> tuple[list[Schedule], Path]:
     parser.add_argument("--warmup_steps", type=int)
     parser.add_argument("--total_steps", type=int)
     parser.add_argument("--min_lr_ratio", type=float, default=0.1, help="floor as a share of the peak (default: 0.1)")
+    parser.add_argument("--lr_schedule", choices=SCHEDULES, default="cosine", help="default: cosine")
+    parser.add_argument("--decay_share", type=float, default=0.2, help="of wsd (default: 0.2)")
     parser.add_argument("--output", type=Path, default=Path("lr_schedule.png"), help="default: lr_schedule.png")
     options = parser.parse_args(argv)
     schedules = [from_recipe(path) for path in options.recipe]
@@ -127,12 +121,20 @@ def read_arguments(argv: list[str]) -> tuple[list[Schedule], Path]:
             raise InputError("--total_steps: expected at least 1, --warmup_steps at least 0, --max_lr above 0")
         name = f"{options.max_lr:g}, {options.warmup_steps:,} of {options.total_steps:,} steps"
         schedules.append(
-            Schedule(name, options.max_lr, options.warmup_steps, options.total_steps, options.min_lr_ratio)
+            Curve(
+                options.warmup_steps,
+                options.total_steps,
+                options.min_lr_ratio,
+                options.lr_schedule,
+                options.decay_share,
+                name=name,
+                peak=options.max_lr,
+            )
         )
     return schedules, options.output
 
 
-def from_recipe(path: str) -> Schedule:
+def from_recipe(path: str) -> Curve:
     """The schedule of a recipe file. Raises InputError where its number of steps is not known yet."""
     recipe = load_recipe(["--recipe", path])
     total_steps = recipe.total_steps()
@@ -141,7 +143,7 @@ def from_recipe(path: str) -> Schedule:
             f"{path}: the number of steps is not known before the data has been read; give its max_steps or "
             "expected_train_blocks"
         )
-    return Schedule(Path(path).stem, recipe.learning_rate, recipe.warmup_steps, total_steps, recipe.min_lr_ratio)
+    return Curve(**asdict(recipe.schedule(total_steps)), name=Path(path).stem, peak=recipe.learning_rate)
 
 
 def main(argv: list[str]) -> None:

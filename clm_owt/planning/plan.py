@@ -16,7 +16,7 @@ from clm_owt.formatting import format_bytes, format_duration
 from clm_owt.planning.devices import MFU_RANGE, Hardware
 from clm_owt.planning.memory import count_parameters, optimizer_bytes, step_memory
 from clm_owt.recipe import Recipe
-from clm_owt.schedule import rate_factor, schedule_problems
+from clm_owt.schedule import schedule_problems
 
 # The guide's base for scaling rates with the batch: 6e-4 at 32 blocks.
 BASE_RATE, BASE_BATCH = 6e-4, 32
@@ -173,8 +173,7 @@ def make_plan(
         learning_rate_peak=recipe.learning_rate,
         learning_rate_floor=recipe.learning_rate * recipe.min_lr_ratio,
         learning_rates={
-            share: recipe.learning_rate * rate_factor(step, recipe.warmup_steps, total_steps, recipe.min_lr_ratio)
-            for share, step in shares.items()
+            share: recipe.learning_rate * recipe.schedule(total_steps).factor(step) for share, step in shares.items()
         },
         linear_scaled_rate=BASE_RATE * base,
         square_root_scaled_rate=BASE_RATE * math.sqrt(base),
@@ -327,7 +326,7 @@ def plan_lines(plan: Plan, recipe: Recipe) -> list[str]:
     samples = f", {plan.samples:,} rounds of {len(recipe.sample_prompts)} samples" if plan.samples else ""
     memory = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.memory.items() if size)
     steps = [plan.total_steps * i // (CURVE_WIDTH - 1) for i in range(CURVE_WIDTH)]
-    schedule = (recipe.warmup_steps, plan.total_steps, recipe.min_lr_ratio)
+    schedule = recipe.schedule(plan.total_steps)
     rows = {
         "data": f"{recipe.dataset_name}: {amount(plan.train_documents, 'training documents')}, "
         f"{amount(plan.validation_documents, 'validation documents')}",
@@ -338,8 +337,8 @@ def plan_lines(plan: Plan, recipe: Recipe) -> list[str]:
         "model": f"{plan.parameters:,} parameters: {recipe.n_layer} layers, {recipe.n_head} heads, width "
         f"{recipe.n_embd}, vocabulary {plan.vocab_size:,}; {plan.tokens_per_parameter:.1f} tokens each",
         "rate": f"peak {plan.learning_rate_peak:g} after {plan.warmup_steps:,} steps of warm-up "
-        f"({plan.warmup_share:.1%} of the run), floor {plan.learning_rate_floor:g}",
-        "": f"{sparkline([rate_factor(step, *schedule) for step in steps])}  "
+        f"({plan.warmup_share:.1%} of the run), {schedule.shape}, floor {plan.learning_rate_floor:g}",
+        "": f"{sparkline([schedule.factor(step) for step in steps])}  "
         + ", ".join(f"{rate:.3g} at {share}" for share, rate in plan.learning_rates.items()),
         "scaling": f"{BASE_RATE:g} at a batch of {BASE_BATCH} is {plan.linear_scaled_rate:.3g} here by the linear "
         f"rule, {plan.square_root_scaled_rate:.3g} by the square root (rules of thumb for GPT-2 small)",

@@ -7,47 +7,56 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
+from clm_owt.optimizers import kind_of
 from clm_owt.recipe import Recipe
-from clm_owt.schedule import rate_factor
+from clm_owt.schedule import Schedule
+from clm_owt.training.muon import Muon
+from clm_owt.training.processes import Processes
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")
 
 
-def build_adamw(model: torch.nn.Module, recipe: Recipe) -> AdamW:
+def build_adamw(model: torch.nn.Module, recipe: Recipe, processes: Processes | None = None) -> AdamW:
     """AdamW over two groups: matrices and embeddings decay, biases and LayerNorm gains (one dimension) do not.
 
     The tied embedding is one parameter. The fused kernel is taken where the parameters' device has one.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    return adamw([p for p in model.parameters() if p.requires_grad], recipe, recipe.learning_rate)
+
+
+def build_muon(model: torch.nn.Module, recipe: Recipe, processes: Processes | None = None) -> Muon:
+    """Muon over the matrices of the transformer blocks, AdamW at `embedding_learning_rate` over the rest."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {name: p for name, p in parameters.items() if kind_of(name, p.dim()) == "matrix"}
+    rest = [p for name, p in parameters.items() if name not in matrices]
+    rate = recipe.learning_rate if recipe.embedding_learning_rate is None else recipe.embedding_learning_rate
+    return Muon(matrices, adamw(rest, recipe, rate), recipe.learning_rate, recipe.weight_decay, processes)
+
+
+def adamw(parameters: list[torch.nn.Parameter], recipe: Recipe, learning_rate: float) -> AdamW:
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return AdamW(
         groups,
-        lr=recipe.learning_rate,
+        lr=learning_rate,
         betas=(recipe.adam_beta1, recipe.adam_beta2),
         eps=recipe.adam_epsilon,
         fused=parameters[0].device.type in FUSED_DEVICES,
     )
 
 
-def build_schedule(
-    optimizer: Optimizer, warmup_steps: int, total_steps: int, min_lr_ratio: float, completed_steps: int = 0
-) -> LambdaLR:
-    """`get_cosine_schedule_with_warmup` with `rate_factor`, which ends at `min_lr_ratio` of the peak, for its factor.
+def build_schedule(optimizer: Optimizer, rates: Schedule, completed_steps: int = 0) -> LambdaLR:
+    """`get_cosine_schedule_with_warmup` with the factor of `rates`, which ends at a floor and need not be a cosine.
 
-    Equal to `get_cosine_with_min_lr_schedule_with_warmup(min_lr_rate=min_lr_ratio)` up to `total_steps`. To be stepped
-    once per optimizer step, by every process: it is not to be passed to `Accelerator.prepare`, which would step it
-    once per process. Optimizer step 1 is taken at the factor of 0, step `completed_steps` + 1 at that of
-    `completed_steps`.
+    Equal to transformers' `get_cosine_with_min_lr_schedule_with_warmup` or, by its kind, `get_wsd_schedule` up to the
+    end. To be stepped once per optimizer step, by every process: it is not to be passed to `Accelerator.prepare`,
+    which would step it once per process. Optimizer step 1 is taken at the factor of 0, step `completed_steps` + 1 at
+    that of `completed_steps`.
     """
-
-    def factor(step: int) -> float:
-        return rate_factor(step, warmup_steps, total_steps, min_lr_ratio)
-
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
-    schedule.lr_lambdas = [factor for _ in schedule.lr_lambdas]
+    schedule = get_cosine_schedule_with_warmup(optimizer, rates.warmup_steps, rates.total_steps)
+    schedule.lr_lambdas = [rates.factor for _ in schedule.lr_lambdas]
     if completed_steps:
         schedule.load_state_dict(
             schedule.state_dict() | {"last_epoch": completed_steps - 1, "_step_count": completed_steps + 1}

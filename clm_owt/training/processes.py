@@ -131,6 +131,12 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def gather_tensors(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[processes, ...]: the `tensor` of every process, of one shape, by rank, on its device."""
+        gathered = tensor.new_empty(self.count * tensor.shape[0], *tensor.shape[1:])
+        dist.all_gather_into_tensor(gathered, tensor.contiguous())
+        return gathered.view(self.count, *tensor.shape)
+
     def sum_on_cpu(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all processes of `values`, which lie on the CPU."""
         if self._cpu_group is not None:

@@ -101,12 +101,12 @@ class Trainer:
             Path(recipe.output_dir) / "checkpoints", recipe.save_total_limit, on_written=on_saved, say=log.say
         )
         processes.shard(model)
-        self.optimizer = OPTIMIZERS[recipe.optimizer].build(model, recipe)
+        self.optimizer = OPTIMIZERS[recipe.optimizer].build(model, recipe, processes)
         self.state = self.restore(existing) if existing.checkpoint is not None else TrainState()
         if not (found.from_plan and self.state.micro_batch):  # on the same machine an earlier step-down stays
             self.state.micro_batch = found.micro_batch
         self.schedule = build_schedule(
-            self.optimizer, recipe.warmup_steps, self.total_steps, recipe.min_lr_ratio, completed_steps=self.state.step
+            self.optimizer, recipe.schedule(self.total_steps), completed_steps=self.state.step
         )
         self.guard = (
             OutlierGuard(self.state.recent_losses, self.state.recent_grad_norms) if recipe.skip_outliers else None

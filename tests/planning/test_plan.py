@@ -11,7 +11,7 @@ from clm_owt.planning.devices import DEVICES, Hardware, find_device
 from clm_owt.planning.memory import count_parameters
 from clm_owt.planning.plan import Data, Disk, Plan, find_disk, make_plan, plan_lines, times_due
 from clm_owt.recipe_reader import load_recipe
-from clm_owt.schedule import rate_factor
+from clm_owt.schedule import Schedule
 from clm_owt.training.optim import build_schedule
 
 NOTHING_KNOWN = Data(None, None, None, None)
@@ -139,9 +139,11 @@ def test_the_parameters_are_counted_as_they_are(vocab, layers, width, length):
 @pytest.mark.parametrize(("warmup", "total", "floor"), [(0, 7, 0.1), (3, 50, 0.0), (10, 11, 0.5), (49, 50, 1.0)])
 def test_the_planned_rate_is_the_schedules_at_every_step(warmup, total, floor):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-3)
-    schedule = build_schedule(optimizer, warmup, total, floor)
+    schedule = build_schedule(optimizer, Schedule(warmup, total, floor))
     for step in range(total + 3):
-        assert 3e-3 * rate_factor(step, warmup, total, floor) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
+        assert 3e-3 * Schedule(warmup, total, floor).factor(step) == pytest.approx(
+            schedule.get_last_lr()[0], rel=1e-12
+        )
         optimizer.step()
         schedule.step()
 
@@ -382,7 +384,7 @@ def test_the_plan_is_told_in_lines_that_name_what_is_not_known():
     assert "34,480 steps of 524,288 tokens, 2.00 epochs of 17,240.3 steps; 18,077,450,240 tokens in all" in text
     assert "8,827,040 training blocks expected (still being read)" in text
     assert "training documents not counted yet" in text
-    assert "peak 0.003 after 2,000 steps of warm-up (5.8% of the run), floor 0.0003" in text
+    assert "peak 0.003 after 2,000 steps of warm-up (5.8% of the run), cosine, floor 0.0003" in text
     assert "▁▅██████▇▇▇▇▆▆▆▅▅▅▄▄▄▃▃▃▃▂▂▂▂▂▂▂" in text
     assert "0.0006 at a batch of 32 is 0.0096 here by the linear rule, 0.0024 by the square root" in text
     assert "not estimated for this device" in text

@@ -52,6 +52,15 @@ def one_of(*choices: Any) -> Rule:
     return Rule(lambda value: value in choices, f"one of {names}")
 
 
+# What a run that branches off another one may have otherwise: its rates and its length, what its steps are made of,
+# and no longer what the checkpoint holds.
+FREE_IN_A_BRANCH = frozenset(
+    "branch_from init_from learning_rate embedding_learning_rate lr_schedule decay_share min_lr_ratio warmup_steps "
+    "num_train_epochs max_steps expected_train_blocks weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
+    "skip_outliers penalty_type penalty_weight penalty_top_k deterministic".split()
+)
+
+
 def key(help: str, default: Any = dataclasses.MISSING, rule: Rule | None = None, shapes_result: bool = False) -> Any:
     """A recipe key. `shapes_result`: the weights of the run depend on it, so a run with another value is another run
     (it is named after the change, and is not resumed from this run's checkpoints)."""
@@ -130,6 +139,7 @@ class Recipe:
     # run
     run_name: str = key("name of the run; default: the recipe's name and what the command line changes in it", "")
     output_dir: str = key("the run's folder; default: runs/<run_name>", "")
+    branch_from: str | None = result_key("a checkpoint of another run, from which this one goes its own way", None)
     resume_from_checkpoint: str = key("auto, never, or a checkpoint's folder", "auto")
     seed: int = result_key("of weights, data order and sampling", 42, Rule(lambda v: 0 <= v < 2**32, "in [0, 2**32)"))
     deterministic: bool = result_key("only deterministic kernels (slower on a GPU)", False)

@@ -329,6 +329,8 @@ def output_problems(get: Get) -> list[str]:
         problems.append(f"sample_steps: {get('sample_steps')} needs sample_prompts; give some, or sample_steps none")
     if get("push_to_hub") and not get("hub_model_id"):
         problems.append("push_to_hub: true needs hub_model_id, the repository to upload to, such as me/gpt2-owt")
+    if get("branch_from") and not Path(get("branch_from")).is_dir():
+        problems.append(f"branch_from: {get('branch_from')!r} is no folder; expected a checkpoint of another run")
     resume = get("resume_from_checkpoint")
     if resume not in ("auto", "never", None) and not Path(resume).is_dir():
         problems.append(f"resume_from_checkpoint: {resume!r} is no folder; expected auto, never or a checkpoint")

@@ -21,7 +21,7 @@ from clm_owt.model.fp8 import transpose_linear_weights
 from clm_owt.model.gpt2 import GPT2ForPretraining
 from clm_owt.planning.devices import Hardware
 from clm_owt.planning.plan import Plan
-from clm_owt.recipe import Recipe, default_of, show
+from clm_owt.recipe import FREE_IN_A_BRANCH, Recipe, default_of, show
 from clm_owt.reports.record import read_metrics, read_plan, read_recipe
 from clm_owt.state import TrainState
 from clm_owt.training.checkpoint import copy_to_host, find_corruption, find_newest
@@ -41,6 +41,7 @@ class ExistingRun:
     checkpoint: Path | None = None  # to continue from; None: from the start
     passed_over: tuple[str, ...] = ()  # why newer checkpoints were
     finished: bool = False
+    branches_off: bool = False  # `plan` and `checkpoint` are those of the run that this one leaves
 
     def pin_data(self, recipe: Recipe) -> Recipe:
         """The recipe, reading the very commit of the dataset that the run began with."""
@@ -67,8 +68,9 @@ class ExistingRun:
     def check_same_data(self, store: str) -> None:
         """Raises InputError if the token store is not the one that the run began with."""
         if self.checkpoint is not None and self.plan["store"] != store:
+            key = "branch_from" if self.branches_off else "output_dir"
             raise InputError(
-                f"output_dir: the run there began with other data or another tokenizer (token store "
+                f"{key}: the run there began with other data or another tokenizer (token store "
                 f"{self.plan['store']}, now {store}): files, packages or the tokenizer have changed since; "
                 "restore them, or give another output_dir"
             )
@@ -87,9 +89,11 @@ def find_existing_run(recipe: Recipe) -> ExistingRun:
                 f"output_dir: {folder} holds this run already, and resume_from_checkpoint is never; "
                 "remove the folder or give another output_dir"
             )
-        return ExistingRun()
+        return find_branch_point(recipe) if recipe.branch_from else ExistingRun()
     if recipe.resume_from_checkpoint == "auto":
         checkpoint, passed_over = find_newest(folder / "checkpoints")
+        if checkpoint is None and recipe.branch_from:
+            return find_branch_point(recipe)
         if checkpoint is not None and plan is None:
             raise InputError(
                 f"output_dir: {folder} holds checkpoints but lacks recipe.yaml or plan.json; restore them from a "
@@ -116,21 +120,50 @@ def plan_of_same_run(recipe: Recipe, folder: Path) -> dict[str, object] | None:
     if not ((folder / "recipe.yaml").exists() and (folder / "plan.json").exists()):
         return None
     try:
-        begun, plan = read_recipe(folder), read_plan(folder)
+        plan, different = read_plan(folder), differences(recipe, read_recipe(folder))
     except InputError as error:
         raise InputError(f"output_dir: {error};\n  restore it from a copy, or give another output_dir") from error
-    # A key that did not exist yet when the run began had its default's effect.
-    before = {name: begun.get(name, default_of(name)) for name in recipe.result_settings()}
-    now = recipe.to_dict()
-    different = [name for name, value in before.items() if value != now[name]]
     if different:
-        changes = ", ".join(f"{name}: {show(before[name])} -> {show(now[name])}" for name in different)
+        changes = ", ".join(different.values())
         if (folder / "model").exists():
             way_on = f"or begin a new run from its weights: --init_from {folder}/model --output_dir {folder}-2"
         else:
             way_on = f"when it has ended, --init_from {folder}/model begins a new run from its weights"
         raise InputError(f"output_dir: {folder} holds another run ({changes}); give another output_dir,\n  {way_on}")
     return plan
+
+
+def differences(recipe: Recipe, begun: dict[str, object]) -> dict[str, str]:
+    """How the settings that shape a result differ from those of a recipe.yaml, by key: `name: before -> now`."""
+    now = recipe.to_dict()
+    # A key that did not exist yet when the run began had its default's effect.
+    before = {name: begun.get(name, default_of(name)) for name in recipe.result_settings()}
+    return {
+        name: f"{name}: {show(value)} -> {show(now[name])}" for name, value in before.items() if value != now[name]
+    }
+
+
+def find_branch_point(recipe: Recipe) -> ExistingRun:
+    """The run that a new one leaves at the checkpoint `branch_from`, as if it were to be continued.
+
+    Raises InputError where there is no whole checkpoint, or where its run differs in more than a branch may.
+    """
+    checkpoint = Path(recipe.branch_from).absolute()
+    trunk = checkpoint.parent.parent
+    reason = find_corruption(checkpoint)
+    if reason is not None:
+        raise InputError(f"branch_from: {checkpoint}: {reason}; give a complete checkpoint of a run")
+    try:
+        plan, different = read_plan(trunk), differences(recipe, read_recipe(trunk))
+    except InputError as error:
+        raise InputError(f"branch_from: {error}; a checkpoint is read with the run's folder around it") from error
+    refused = [change for name, change in different.items() if name not in FREE_IN_A_BRANCH]
+    if refused:
+        raise InputError(
+            f"branch_from: {trunk.name} differs in {', '.join(refused)}; a branch may differ in rates, length, decay, "
+            "clipping and penalty only"
+        )
+    return ExistingRun(plan, checkpoint, branches_off=True)
 
 
 def begin(
@@ -144,7 +177,17 @@ def begin(
 ) -> None:
     """Create the run's folder, or renew recipe.yaml and plan.json in it. `store` is the name of the token store."""
     folder = Path(recipe.output_dir)
+    if existing.branches_off and plan.total_steps <= existing.resumed_after[-1]:
+        raise InputError(
+            f"branch_from: {existing.checkpoint} is after step {existing.resumed_after[-1]:,}, and the run would end "
+            f"after step {plan.total_steps:,}, counted from the start; raise max_steps or num_train_epochs"
+        )
     folder.mkdir(parents=True, exist_ok=True)
+    if existing.branches_off:  # its history, which the log then cuts back to the checkpoint
+        for name in ("metrics.jsonl", "samples.md"):
+            file = existing.checkpoint.parent.parent / name
+            if file.exists() and not (folder / name).exists():
+                write_text(folder / name, file.read_text(encoding="utf-8"))
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     content = {
         **plan.to_dict(),

@@ -196,6 +196,11 @@ def show(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
+def is_compiled(torch_compile: bool | Literal["auto"], device_type: str) -> bool:
+    """Whether a run uses torch.compile on such a device. `auto`: on CUDA alone."""
+    return torch_compile is True or (torch_compile == "auto" and device_type == "cuda")
+
+
 def is_url(path: str) -> bool:
     """Whether an entry of `data_files` is a URL, and no path of this machine."""
     return "://" in path

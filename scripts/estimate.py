@@ -2,14 +2,17 @@
 
 python scripts/estimate.py --recipe recipes/owt_512.yaml
 python scripts/estimate.py --recipe recipes/owt_512.yaml --device a100-40gb rtx-4090 --gradient_checkpointing true
+python scripts/estimate.py --recipe recipes/owt_512.yaml --device a100-80gb h100 rtx-4090 t4 --parts
 
 Memory is found by tracing a training step of the real code without allocating it (training/memory_trace.py), without
-torch.compile, which saves some. Time is arithmetic: FLOPs over the device's peak, at a stated share of it (MFU). Both
-are estimates. `--calibrate` measures the step on the GPU of this machine and shows that beside the estimate.
+torch.compile, which saves some. Time is derived from FLOPs and bytes of the code (planning/step_time.py); `--parts`
+shows of which parts, on what assumptions, and how far off this is for programs whose rates are published. Neither is
+measured. `--calibrate` measures the step's memory on the GPU of this machine and shows that beside the estimate.
 Options that are not the script's own are the recipe's.
 """
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,10 +20,22 @@ from dataclasses import dataclass
 
 from clm_owt.batch import candidate_sizes
 from clm_owt.errors import InputError, exit_with
-from clm_owt.formatting import format_bytes, format_duration, text_table
-from clm_owt.planning.devices import DEVICES, MFU_RANGE, Device, Hardware, find_device
+from clm_owt.formatting import format_bytes, format_duration, markdown_table, text_table
+from clm_owt.planning.devices import DEVICES, Device, Hardware, find_device
 from clm_owt.planning.memory import count_parameters, step_memory
 from clm_owt.planning.plan import flops_per_token
+from clm_owt.planning.step_time import (
+    ASSUMPTIONS,
+    COMPILED,
+    GPT2_SMALL,
+    IMPROVEMENTS,
+    PART_NAMES,
+    PUBLISHED,
+    SLOWEST,
+    step_parts,
+    step_seconds,
+    work_of,
+)
 from clm_owt.recipe import Recipe
 from clm_owt.recipe_reader import load_recipe
 
@@ -31,7 +46,8 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "loss")
 @dataclass(frozen=True)
 class Estimate:
     """Of one recipe on one device: `largest` is the largest useful micro-batch that fits, `micro_batch` what a run
-    takes, at most max_batch_size; 0 where not even one block fits. `memory` in bytes, by part, of the latter."""
+    takes, at most max_batch_size; 0 where not even one block fits. `memory` in bytes, by part, of the latter;
+    `step_seconds` as derived and at the most."""
 
     device: Device
     largest: int
@@ -41,8 +57,8 @@ class Estimate:
     step_seconds: tuple[float, float]
 
 
-def estimate(recipe: Recipe, vocab_size: int, device: Device, processes: int, mfu: tuple[float, float]) -> Estimate:
-    """Largest micro-batch within the recipe's share of the device's memory, and the time of a step at both MFUs.
+def estimate(recipe: Recipe, vocab_size: int, device: Device, processes: int = 1) -> Estimate:
+    """Largest micro-batch within the recipe's share of the device's memory, and the time of a step.
 
     A trace takes seconds. So the size is sought by the formula of `step_memory`, and the step of what a run would take
     is traced; the difference corrects the formula, until the size that it gives has been traced.
@@ -65,15 +81,13 @@ def estimate(recipe: Recipe, vocab_size: int, device: Device, processes: int, mf
         traced[micro_batch] = trace_step(recipe, vocab_size, micro_batch, hardware)
         correction = sum(traced[micro_batch].values()) - by_formula(recipe, vocab_size, micro_batch, hardware)
     micro_batch = max((size for size, memory in traced.items() if sum(memory.values()) <= budget), default=0)
-    flops = flops_per_token(count_parameters(recipe, vocab_size), recipe.n_layer, recipe.n_embd, recipe.block_size)
-    work = flops * batch * recipe.block_size / (device.peak_flops * processes)
     return Estimate(
         device=device,
         largest=largest,
         micro_batch=micro_batch,
         accumulation=-(-batch // (micro_batch * processes)) if micro_batch else 0,
         memory=traced.get(micro_batch, {}),
-        step_seconds=(work / mfu[1], work / mfu[0]),
+        step_seconds=step_seconds(recipe, vocab_size, micro_batch or 1, hardware),
     )
 
 
@@ -124,9 +138,9 @@ def memory_table(estimates: list[Estimate], measured: dict[str, int]) -> tuple[l
 
 
 def time_table(
-    estimates: list[Estimate], steps: int | None, steps_per_epoch: float | None
+    estimates: list[Estimate], tokens: int, steps: int | None, steps_per_epoch: float | None
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows."""
+    """Header and rows. `tokens`: of a step."""
     rows = []
 
     def span(seconds: tuple[float, float], count: float | None) -> str:
@@ -136,8 +150,66 @@ def time_table(
 
     for e in estimates:
         counts = (1, steps_per_epoch, steps)
-        rows.append([e.device.name, f"{e.device.peak_tflops:g} T", *(span(e.step_seconds, count) for count in counts)])
-    return ["device", "peak", "step", "epoch", "run"], rows
+        spans = (span(e.step_seconds, count) for count in counts)
+        rows.append([e.device.name, f"{tokens / e.step_seconds[0]:,.0f}", *spans])
+    return ["device", "tokens/s", "step", "epoch", "run"], rows
+
+
+def print_parts(recipe: Recipe, vocab_size: int, estimates: list[Estimate], processes: int) -> None:
+    """How the time is derived, as Markdown tables: parts, assumptions, what would make it faster, and what the same
+    derivation gives for programs whose rates are published."""
+    print("Derived, not measured: milliseconds of a step by part, tokens/s a device\n")
+    print(markdown_table(*parts_table(recipe, vocab_size, estimates, processes)))
+    print("\nAssumed and counted\n")
+    print(markdown_table(["of what", "value", "from"], ASSUMPTIONS))
+    print("\nWhat would make it faster, one on top of the other: tokens/s a device, derived\n")
+    print(markdown_table(*improvements_table(recipe, vocab_size, estimates, processes)))
+    print("\nThe same derivation for programs with a published rate: tokens/s a device\n")
+    print(markdown_table(*published_table()))
+
+
+def parts_table(
+    recipe: Recipe, vocab_size: int, estimates: list[Estimate], processes: int
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows."""
+    flops = flops_per_token(count_parameters(recipe, vocab_size), recipe.n_layer, recipe.n_embd, recipe.block_size)
+    rows = []
+    for e in estimates:
+        parts = step_parts(recipe, vocab_size, e.micro_batch, e.device, processes)
+        rate = tokens_per_second(recipe, parts, processes)
+        shown = (f"{1000 * seconds:,.0f}" for seconds in parts.values())
+        rows.append(
+            [e.device.name, str(e.micro_batch), *shown, f"{rate:,.0f}", f"{rate * flops / e.device.peak_flops:.0%}"]
+        )
+    return ["device", "micro-batch", *PART_NAMES, "tokens/s", "MFU"], rows
+
+
+def improvements_table(
+    recipe: Recipe, vocab_size: int, estimates: list[Estimate], processes: int
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, for the devices on which the blocks run compiled in bf16."""
+    estimates = [e for e in estimates if work_of(recipe, e.device.hardware()) is COMPILED]
+    work, rows = COMPILED, []
+    for name, change in {"as it is": {}, **IMPROVEMENTS}.items():
+        work = dataclasses.replace(work, **change)
+        parts = (step_parts(recipe, vocab_size, e.micro_batch, e.device, processes, work) for e in estimates)
+        rows.append([name, *(f"{tokens_per_second(recipe, part, processes):,.0f}" for part in parts)])
+    return ["change", *(e.device.name for e in estimates)], rows
+
+
+def published_table() -> tuple[list[str], list[list[str]]]:
+    """Header and rows."""
+    rows = []
+    for p in PUBLISHED:
+        derived = tokens_per_second(GPT2_SMALL, p.parts(), p.processes)
+        machine = f"{p.processes} x {p.device.name}"
+        rows.append([p.name, machine, f"{p.rate:,}", f"{derived:,.0f}", f"{derived / p.rate:.2f}"])
+    return ["program", "machine", "published", "derived", "derived / published"], rows
+
+
+def tokens_per_second(recipe: Recipe, parts: dict[str, float], processes: int) -> float:
+    """Of one device, from the seconds of a step's parts."""
+    return recipe.effective_batch_size * recipe.block_size / processes / sum(parts.values())
 
 
 def main(argv: list[str]) -> None:
@@ -150,9 +222,7 @@ def main(argv: list[str]) -> None:
     keys = ", ".join(device.key for device in DEVICES)
     parser.add_argument("--device", nargs="+", metavar="NAME", help=f"default: all known ({keys})")
     parser.add_argument("--processes", type=int, default=1, help="devices that share the batch (default: 1)")
-    parser.add_argument(
-        "--mfu", nargs=2, type=float, default=MFU_RANGE, metavar=("LOW", "HIGH"), help="shares of the peak"
-    )
+    parser.add_argument("--parts", action="store_true", help="how the time is derived, in place of memory and time")
     parser.add_argument("--vocab_size", type=int, help="where the recipe's tokenizer does not tell")
     parser.add_argument("--calibrate", action="store_true", help="also measure on this machine's GPU")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # what --calibrate runs in a process of its own
@@ -169,11 +239,13 @@ def main(argv: list[str]) -> None:
     if options.calibrate:
         device = local_device()
         devices = [d for d in devices if d != device] + [device]
-    estimates = [estimate(recipe, vocab_size, d, options.processes, tuple(options.mfu)) for d in devices]
+    estimates = [estimate(recipe, vocab_size, d, options.processes) for d in devices]
     if options.calibrate and estimates[-1].micro_batch:
         e = estimates[-1]
         measured[e.device.key] = measure(recipe_options, vocab_size, e.micro_batch, e.device.mixed_precision)
 
+    if options.parts:
+        return print_parts(recipe, vocab_size, [e for e in estimates if e.micro_batch], options.processes)
     steps = recipe.total_steps()
     blocks = recipe.expected_train_blocks
     parameters = count_parameters(recipe, vocab_size)
@@ -181,8 +253,9 @@ def main(argv: list[str]) -> None:
           f"{recipe.block_size} tokens a step, {options.processes} device(s)\n")  # fmt: skip
     print(f"Memory of each device, estimated (target: {recipe.target_memory_utilization:.0%} of it)")
     print(text_table(*memory_table(estimates, measured)))
-    print(f"\nTime, estimated at {options.mfu[1]:.0%} to {options.mfu[0]:.0%} of the device's peak")
-    print(text_table(*time_table(estimates, steps, blocks and blocks / recipe.effective_batch_size)))
+    print(f"\nTime, from as derived from bytes and FLOPs of the code, with its tokens/s, to {SLOWEST:g} times that")
+    tokens = recipe.effective_batch_size * recipe.block_size
+    print(text_table(*time_table(estimates, tokens, steps, blocks and blocks / recipe.effective_batch_size)))
 
 
 def local_device() -> Device:

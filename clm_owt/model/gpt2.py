@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from clm_owt.errors import InputError
 from clm_owt.model.losses import IGNORE_INDEX, fused_linear_loss
-from clm_owt.recipe import Recipe
+from clm_owt.recipe import Recipe, is_compiled
 
 # GPT-2's tanh approximation of GELU: one fused kernel, and the name under which GPT-2 has always been published. They
 # differ by 5e-7.
@@ -169,7 +169,7 @@ def compile_blocks(model: GPT2ForPretraining, torch_compile: bool | Literal["aut
     they are, and the blocks share what is compiled. `auto`: on CUDA alone. There the passes between matrix products
     wait for memory (as others measured, not yet this project); on a CPU they are a small part of a step, and compiling
     takes a minute."""
-    if torch_compile is True or (torch_compile == "auto" and device.type == "cuda"):
+    if is_compiled(torch_compile, device.type):
         for block in model.transformer.h:
             block.compile()
         model.linear_loss = functools.partial(fused_linear_loss, compiled=True)

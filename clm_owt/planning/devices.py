@@ -10,21 +10,21 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-# Shares of the peak (MFU) that trainers of GPT-2 reach: 18 % a plain Hugging Face stack (oumi, A100), 30 % nanoGPT on
-# eight A100, 40 % llm.c on H100, 50 % build-nanogpt on one A100, 60 % llm.c on A100. Estimated times give both ends.
-MFU_RANGE = (0.2, 0.5)
-
 
 @dataclass(frozen=True)
 class Device:
     """`memory_gib` as the driver reports it, less than is printed on the box; `peak_tflops` of dense products that
-    accumulate in float32, in the precision that this project trains in on that device."""
+    accumulate in float32, in the precision that this project trains in on that device; `memory_gbs` GB/s of its
+    memory; `link_gbs` GB/s to others in the machine and, at once, back: NVLink's, else PCIe's. `source` is of the
+    peak; the other rates are from the same datasheets."""
 
     key: str  # as scripts/estimate.py takes it
     name: str
     pattern: str
     memory_gib: float
     peak_tflops: float
+    memory_gbs: float
+    link_gbs: float
     source: str
     mixed_precision: str = "bf16"
 
@@ -38,6 +38,16 @@ class Device:
         """FLOP/s."""
         return self.peak_tflops * 1e12
 
+    @property
+    def memory_rate(self) -> float:
+        """Bytes a second."""
+        return self.memory_gbs * 1e9
+
+    @property
+    def link_rate(self) -> float:
+        """Bytes a second, in each direction."""
+        return self.link_gbs * 1e9
+
     def hardware(self, processes: int = 1) -> "Hardware":
         """So many of this device, as a run would find them."""
         device_type = "mps" if self.pattern.startswith("Apple") else "cuda"
@@ -46,24 +56,40 @@ class Device:
 
 DEVICES = (
     Device(
-        "rtx-3060", "RTX 3060 12 GB", r"RTX 3060$", 11.8, 25.6, "112 tensor cores x 128 FLOP x 1.78 GHz, as GA102's"
+        "rtx-3060",
+        "RTX 3060 12 GB",
+        r"RTX 3060$",
+        11.8,
+        25.6,
+        360,
+        32,
+        "112 tensor cores x 128 FLOP x 1.78 GHz, as GA102's",
     ),
-    Device("rtx-3090", "RTX 3090", r"RTX 3090$", 23.7, 71, "NVIDIA Ampere GA102 whitepaper"),
-    Device("rtx-4090", "RTX 4090", r"RTX 4090$", 23.6, 165, "NVIDIA Ada GPU architecture whitepaper"),
-    Device("rtx-5090", "RTX 5090", r"RTX 5090$", 31.4, 209.5, "NVIDIA RTX Blackwell whitepaper"),
-    Device("a100-40gb", "A100 40 GB", r"A100-\w+-40GB", 39.4, 312, "NVIDIA A100 datasheet"),
-    Device("a100-80gb", "A100 80 GB", r"A100.*80GB", 79.2, 312, "NVIDIA A100 datasheet"),
-    Device("h100-pcie", "H100 PCIe", r"H100 PCIe", 79.2, 756, "NVIDIA H100 datasheet"),
-    Device("h100", "H100 SXM", r"H100 80GB HBM3", 79.2, 989, "NVIDIA H100 datasheet"),
-    Device("h200", "H200", r"\bH200$", 139.8, 989, "NVIDIA H200 datasheet"),
-    Device("b200", "B200", r"\bB200$", 178.4, 2250, "NVIDIA HGX B200 datasheet: an eighth of half the sparse rate"),
-    Device("l4", "L4", r"\bL4$", 22.0, 121, "NVIDIA L4 datasheet: half the sparse rate"),
+    Device("rtx-3090", "RTX 3090", r"RTX 3090$", 23.7, 71, 936, 32, "NVIDIA Ampere GA102 whitepaper"),
+    Device("rtx-4090", "RTX 4090", r"RTX 4090$", 23.6, 165, 1008, 32, "NVIDIA Ada GPU architecture whitepaper"),
+    Device("rtx-5090", "RTX 5090", r"RTX 5090$", 31.4, 209.5, 1792, 64, "NVIDIA RTX Blackwell whitepaper"),
+    Device("a100-40gb", "A100 40 GB", r"A100-\w+-40GB", 39.4, 312, 1555, 300, "NVIDIA A100 datasheet"),
+    Device("a100-80gb", "A100 80 GB", r"A100.*80GB", 79.2, 312, 2039, 300, "NVIDIA A100 datasheet"),
+    Device("h100-pcie", "H100 PCIe", r"H100 PCIe", 79.2, 756, 2000, 64, "NVIDIA H100 datasheet"),
+    Device("h100", "H100 SXM", r"H100 80GB HBM3", 79.2, 989, 3350, 450, "NVIDIA H100 datasheet"),
+    Device("h200", "H200", r"\bH200$", 139.8, 989, 4800, 450, "NVIDIA H200 datasheet"),
+    Device(
+        "b200",
+        "B200",
+        r"\bB200$",
+        178.4,
+        2250,
+        8000,
+        900,
+        "NVIDIA HGX B200 datasheet: an eighth of half the sparse rate",
+    ),
+    Device("l4", "L4", r"\bL4$", 22.0, 121, 300, 32, "NVIDIA L4 datasheet: half the sparse rate"),
     # Turing has no bf16, and this project does not train in fp16, which would need a loss scale.
-    Device("t4", "T4", r"\bT4$", 14.6, 8.1, "NVIDIA T4 datasheet, float32", "no"),
+    Device("t4", "T4", r"\bT4$", 14.6, 8.1, 320, 16, "NVIDIA T4 datasheet, float32", "no"),
     # The GPU of a Mac may use two thirds of the memory it shares; these are common sizes.
-    Device("m1", "M1 16 GB", r"Apple M1$", 10.7, 2.6, "Apple, 10 November 2020, float32", "no"),
-    Device("m1-max", "M1 Max 32 GB", r"Apple M1 Max$", 21.3, 10.4, "Apple, 18 October 2021, float32", "no"),
-    Device("m2", "M2 24 GB", r"Apple M2$", 16.0, 3.6, "Apple, 6 June 2022, float32", "no"),
+    Device("m1", "M1 16 GB", r"Apple M1$", 10.7, 2.6, 68, 68, "Apple, 10 November 2020, float32", "no"),
+    Device("m1-max", "M1 Max 32 GB", r"Apple M1 Max$", 21.3, 10.4, 400, 400, "Apple, 18 October 2021, float32", "no"),
+    Device("m2", "M2 24 GB", r"Apple M2$", 16.0, 3.6, 100, 100, "Apple, 6 June 2022, float32", "no"),
 )
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from clm_owt.batch import describe_cut
 from clm_owt.errors import InputError
 from clm_owt.formatting import format_bytes, format_duration
-from clm_owt.planning.devices import MFU_RANGE, Hardware
+from clm_owt.planning.devices import Hardware
 from clm_owt.planning.memory import count_parameters, optimizer_bytes, step_memory
+from clm_owt.planning.step_time import SLOWEST, step_seconds
 from clm_owt.recipe import Recipe
 from clm_owt.schedule import schedule_problems
 
@@ -100,7 +101,7 @@ class Plan:
     output_bytes: int  # of the run's folder at its largest
     memory: dict[str, int]  # bytes per process, by part; estimated
     device: str | None
-    seconds: tuple[float, float] | None  # of training and evaluation at both ends of MFU_RANGE; estimated
+    seconds: tuple[float, float] | None  # of training and evaluation: derived (step_time), and SLOWEST times that
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, object]:
@@ -150,10 +151,9 @@ def make_plan(
     evaluation_share = None
     if data.validation_blocks is not None:  # a forward pass is a third of a training step's work
         evaluation_share = evaluations * data.validation_blocks * recipe.block_size / 3 / total_tokens
-    seconds = None
-    if hardware.peak_flops is not None:
-        work = train_flops * (1 + (evaluation_share or 0)) / (hardware.peak_flops * processes)
-        seconds = (work / max(MFU_RANGE), work / min(MFU_RANGE))
+    seconds = step_seconds(recipe, vocab_size, micro_batch, hardware)
+    if seconds is not None:
+        seconds = tuple(total_steps * (1 + (evaluation_share or 0)) * step for step in seconds)
     shares = {f"{quarter * 25}%": total_steps * quarter // 4 for quarter in range(5)}
     base = recipe.effective_batch_size / BASE_BATCH
     return Plan(
@@ -243,8 +243,8 @@ def find_warnings(
         if interval > LONG_SAVE_INTERVAL:
             fitting = int(recipe.save_steps * LONG_SAVE_INTERVAL / interval)
             warnings.append(
-                f"save_steps: {recipe.save_steps:,} steps take {format_duration(interval)} even at "
-                f"{max(MFU_RANGE):.0%} of the device's peak, and a crash loses as much; "
+                f"save_steps: {recipe.save_steps:,} steps take {format_duration(interval)} at the least, as derived "
+                "for this device, and a crash loses as much; "
                 f"lower it to {max(1, fitting):,}"
             )
     return warnings
@@ -364,8 +364,11 @@ def show_expected_time(plan: Plan) -> str:
     if plan.seconds is None:
         return f"{work}; not estimated for this device, the first steps will tell"
     low, high = (format_duration(seconds) for seconds in plan.seconds)
-    machine = f"{plan.processes} x {plan.device}"
-    return f"{work}; {low} to {high} on {machine}, estimated at {MFU_RANGE[1]:.0%} to {MFU_RANGE[0]:.0%} of its peak"
+    rate = plan.total_tokens / plan.seconds[0]
+    return (
+        f"{work}; {low} to {high} on {plan.processes} x {plan.device}: derived from bytes and FLOPs of the code, "
+        f"{rate:,.0f} tokens/s, to {SLOWEST:g} times that"
+    )
 
 
 def sparkline(values: list[float]) -> str:

@@ -141,16 +141,13 @@ def test_the_tables_hold_every_device_asked_for_and_say_that_they_are_estimated(
         "rtx-3060",
         "t4",
         "m1",
-        "--mfu",
-        "0.1",
-        "0.4",
         *SMALL,
     ]
     command += ["--n_layer", "2", "--max_batch_size", "4"]
     result = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert "Memory of each device, estimated (target: 85% of it)" in result.stdout
-    assert "Time, estimated at 40% to 10% of the device's peak" in result.stdout
+    assert "Time, from as derived from bytes and FLOPs of the code, with its tokens/s, to 1.7 times" in result.stdout
     rows = re.findall(r"^(RTX 3060 12 GB|T4|M1 16 GB) .*$", result.stdout, re.MULTILINE)
     assert rows == ["RTX 3060 12 GB", "T4", "M1 16 GB"] * 2
     [memory] = re.findall(r"^RTX 3060 12 GB +11.8 GiB +4 +4 +16 .*$", result.stdout, re.MULTILINE)
@@ -160,7 +157,7 @@ def test_the_tables_hold_every_device_asked_for_and_say_that_they_are_estimated(
 def test_the_largest_micro_batch_fits_and_the_next_does_not(estimate):
     recipe = small(n_layer=3, effective_batch_size=4096, max_batch_size=4096, target_memory_utilization=0.1)
     device = find_device("m1")  # 10.7 GiB, float32
-    result = estimate.estimate(recipe, 4096, device, 1, (0.2, 0.5))
+    result = estimate.estimate(recipe, 4096, device)
     budget = 0.1 * device.memory
     assert result.micro_batch == result.largest
     assert sum(result.memory.values()) <= budget
@@ -170,16 +167,34 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(estimate):
 
 def test_a_model_that_does_not_fit_is_said_not_to(estimate):
     recipe = small(n_layer=3, target_memory_utilization=0.001)
-    result = estimate.estimate(recipe, 4096, find_device("m1"), 1, (0.2, 0.5))
+    result = estimate.estimate(recipe, 4096, find_device("m1"))
     assert (result.micro_batch, result.largest, result.memory) == (0, 0, {})
     assert "does not fit" in estimate.memory_table([result], {})[1][0]
 
 
-def test_an_estimate_of_time_is_flops_over_the_peak_at_both_shares(estimate):
+def test_times_are_those_of_a_step_and_their_multiples(estimate):
     recipe = load_recipe(["--recipe", "recipes/owt_512.yaml"])
     result = estimate.Estimate(find_device("a100-40gb"), 32, 32, 16, {}, (2.889932, 7.224831))
-    _, [row] = estimate.time_table([result], recipe.total_steps(), 8_827_040 / 512)
-    assert row == ["A100 40 GB", "312 T", "2.9 s - 7.2 s", "14 h - 35 h", "28 h - 2.9 days"]
+    _, [row] = estimate.time_table([result], 524_288, recipe.total_steps(), 8_827_040 / 512)
+    assert row == ["A100 40 GB", "181,419", "2.9 s - 7.2 s", "14 h - 35 h", "28 h - 2.9 days"]
+
+
+def test_the_parts_of_a_step_are_shown_with_what_they_rest_on(estimate, capsys):
+    recipe = load_recipe(["--recipe", "recipes/owt_512.yaml"])
+    devices = [find_device(key) for key in ("a100-80gb", "h100", "rtx-4090", "m1")]
+    estimate.print_parts(recipe, 50_257, [estimate.Estimate(d, 32, 32, 16, {}, (1.0, 2.0)) for d in devices], 1)
+    output = capsys.readouterr().out
+    header, parts = estimate.parts_table(recipe, 50_257, [estimate.Estimate(devices[0], 32, 32, 16, {}, (1, 2))], 1)
+    assert header[2:9] == ["products", "attention", "passes", "loss", "weights", "optimizer", "reduction"]
+    rate = int(parts[0][-2].replace(",", ""))
+    assert 524_288 / rate * 1000 == pytest.approx(sum(int(cell.replace(",", "")) for cell in parts[0][2:9]), abs=4)
+    assert all(f"| {name} " in output for name in ("M1 16 GB", "attention, share of the peak", "build-nanogpt"))
+    improvements, rows = estimate.improvements_table(
+        recipe, 50_257, [estimate.Estimate(d, 32, 32, 16, {}, (1, 2)) for d in devices], 1
+    )
+    assert improvements == ["change", "A100 80 GB", "H100 SXM", "RTX 4090"]  # of compiled code in bf16
+    rates = [int(row[1].replace(",", "")) for row in rows]
+    assert rates == sorted(rates) and rates[-1] > 218_000  # llm.c's
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,11 @@ ASSUMPTIONS = (
         "24 bytes a matrix's parameter, 42 an embedding's, 12 more for every chunk of the loss after the first",
         "casts and float32 gradients, counted by operation",
     ),
-    ("optimizer and clipping", "24 bytes a parameter, and its state read and written", "AdamW: 40, counted; Muon's products, 0.4 % of a step of GPT-2 small, are left out"),
+    (
+        "optimizer and clipping",
+        "24 bytes a parameter, and its state read and written",
+        "AdamW: 40, counted; Muon's products, 0.4 % of a step of GPT-2 small, are left out",
+    ),
     ("sum over processes", "2 (n - 1) / n · 4 bytes a parameter", "a ring, within one machine"),
     ("latency, the host, everything else", "none", "so that small micro-batches and models take longer than derived"),
 )

@@ -1,30 +1,33 @@
-"""Draw one run, or several over each other: as PNG or SVG, or as one HTML page with curves, samples and recipes.
+"""Draw one run, or several over each other: as one HTML page with curves, samples and recipes, or as PNG or SVG.
 
-python scripts/plot_run.py runs/quickstart
-python scripts/plot_run.py runs/owt_512 runs/owt_512,penalty_weight=0.01 --output penalty.html
+python scripts/plot_run.py runs/quickstart                                 to runs/quickstart/curves.html
+python scripts/plot_run.py runs/owt_512 runs/owt_512,penalty_weight=0.01   to runs/curves.html
+python scripts/plot_run.py runs/quickstart --output quickstart.png
 """
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from clm_owt.errors import InputError, exit_with
 from clm_owt.files import write_text
 from clm_owt.reports.curves import save_picture
+from clm_owt.reports.panels import by_difference
 from clm_owt.reports.record import RunRecord
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
-    parser.add_argument("--output", type=Path, default=Path("curves.html"), help=".png, .svg or .html (curves.html)")
+    parser.add_argument("--output", type=Path, help="a file .html, .png or .svg; default: curves.html, as above")
     options = parser.parse_args(argv)
+    first = options.runs[0]
+    output = options.output or (first if len(options.runs) == 1 else first.parent) / "curves.html"
     try:
-        plot(options.runs, options.output)
+        plot(options.runs, output)
     except InputError as error:
         exit_with(error)
-    print(f"Drawn: {options.output}")
+    print(f"Drawn: {output}")
 
 
 def plot(folders: list[Path], output: Path) -> None:
@@ -32,8 +35,8 @@ def plot(folders: list[Path], output: Path) -> None:
     if output.suffix not in (".png", ".svg", ".html"):
         raise InputError(f"--output: {output} does not work; expected a name that ends in .png, .svg or .html")
     runs = [RunRecord.read(folder) for folder in folders]
-    if len({run.name for run in runs}) < len(runs):
-        runs = [replace(run, name=str(folder)) for run, folder in zip(runs, folders, strict=True)]
+    if len(runs) > 1:
+        runs = by_difference(runs)
     if output.suffix != ".html":
         return save_picture(runs, output)
     try:

@@ -47,6 +47,8 @@ def test_the_run_folder_holds_what_the_design_lists(complete_run):
         "8 = 1 process × 1 micro-batch of 8",
     )
     assert plan["baselines"]["bigram"] < plan["baselines"]["unigram"]
+    # Redrawn with these.
+    assert (complete_run / "training_curves.png").stat().st_mtime >= (complete_run / "plan.json").stat().st_mtime
     assert [path.name for path in checkpoints(complete_run / "checkpoints")] == ["step-00000012", "step-00000008"]
 
 

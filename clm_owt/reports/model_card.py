@@ -11,15 +11,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from clm_owt.formatting import markdown_table
 from clm_owt.optimizers import OPTIMIZERS
-from clm_owt.recipe import FIELDS, FILE_FORMATS, PYTHON_DOCS
-from clm_owt.reports.record import Row, RunRecord
+from clm_owt.recipe import FIELDS, FILE_FORMATS, PYTHON_DOCS, default_of
+from clm_owt.reports.record import PLACES, Row, RunRecord
 
 # Of this software. Whoever trains on text under other terms changes it in the repository's README.
 LICENSE = "apache-2.0"
 TABLE_ROWS = 12
-
-# Settings that belong to the machine or the place of the run, and say nothing of the model.
-PLACES = {"data_cache_dir", "output_dir", "run_name", "resume_from_checkpoint", "report_to", "wandb_project"}
 
 
 def model_card(folder: Path, repo_id: str, step: int) -> ModelCard:
@@ -200,9 +197,3 @@ def recipe_settings(recipe: dict[str, Any]) -> str:
     }
     text = yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
     return f"What differs from the defaults ([recipe.yaml](recipe.yaml) has all):\n\n```yaml\n{text}```"
-
-
-def default_of(name: str) -> Any:
-    """The default of a recipe's key, as YAML gives it."""
-    default = FIELDS[name].default
-    return list(default) if isinstance(default, tuple) else default

@@ -16,6 +16,9 @@ Row = dict[str, Any]
 # The fields of a row that are about time and machine: two runs of one recipe agree in all others.
 TIMING_FIELDS = ("tokens_per_second", "mfu", "step_seconds", "data_seconds", "elapsed_seconds")
 
+# Settings that belong to the machine or the place of a run, and say nothing of the model.
+PLACES = {"data_cache_dir", "output_dir", "run_name", "resume_from_checkpoint", "report_to", "wandb_project"}
+
 
 def read_recipe(folder: Path) -> dict[str, Any]:
     """The settings in a run's recipe.yaml; one of an older version may lack keys. Raises InputError where there is no
@@ -75,8 +78,9 @@ def last_steps(folder: Path) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run's folder holds about its course: its rows by split, its samples by step."""
+    """What a run's folder holds about its course: its rows by split, its samples by step. Named as the folder is."""
 
+    folder: Path
     name: str
     recipe: dict[str, Any]
     plan: dict[str, Any]
@@ -89,7 +93,8 @@ class RunRecord:
         """Raises InputError where the folder holds no run."""
         recipe, plan = read_recipe(folder), read_plan(folder)
         train, validation = split_rows(read_metrics(folder / "metrics.jsonl"))
-        return cls(recipe["run_name"], recipe, plan, train, validation, read_samples(folder / "samples.md"))
+        samples = read_samples(folder / "samples.md")
+        return cls(folder, folder.resolve().name, recipe, plan, train, validation, samples)
 
     def until(self, step: int) -> "RunRecord":
         """The record as it was after `step`."""

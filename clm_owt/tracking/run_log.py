@@ -18,7 +18,7 @@ from clm_owt.files import write_text
 from clm_owt.formatting import format_bytes, format_clock
 from clm_owt.recipe import Recipe
 from clm_owt.reports.curves import Curves
-from clm_owt.reports.record import last_steps
+from clm_owt.reports.record import last_steps, read_plan
 from clm_owt.state import TrainState
 from clm_owt.tracking.append_only_file import AppendOnlyFile
 from clm_owt.tracking.trackers import Trackers
@@ -114,6 +114,11 @@ class RunLog:
         for prompt, text in pairs:
             self.say(textwrap.shorten(f"  sample: {prompt}{text}", width=160, placeholder=" ..."))
         self._trackers.samples(step, prompts, continuations)
+
+    def exported(self) -> None:
+        """The end of the run is in plan.json: where losses to compare with are in it, they come into the curves."""
+        if self._is_main and "baselines" in read_plan(self._folder):
+            self._curves.redraw()
 
     def unwritten(self) -> list[str]:
         """Try again to write what could not be written to the run's files; the problems that are left, as text."""

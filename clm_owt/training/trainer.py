@@ -435,6 +435,7 @@ class Trainer:
     def export(self) -> None:
         """Write `model/`, and the end of the run to plan.json. Collective."""
         run_folder.export(self.recipe, self.model, self.tokenizer, self.store, self.state, self.processes)
+        self.log.exported()
 
 
 def done_at_step(state: TrainState) -> tuple[int, int, int]:

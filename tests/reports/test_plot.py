@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -15,14 +16,17 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import plot_run
 import pytest
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from support.browser import Page, open_page
 from support.runs import ROOT, environment
 
 from clm_owt.reports import curves
-from clm_owt.reports.curves import Curves, draw, running_mean, save_picture, series
-from clm_owt.reports.record import RunRecord
+from clm_owt.reports.curves import Curves, draw, save_picture
+from clm_owt.reports.page import write_page
+from clm_owt.reports.record import RunRecord, read_metrics
 
 PLAN = {
     "tokens_per_step": 524288,
@@ -33,10 +37,15 @@ PLAN = {
 }
 
 
-def write_run(folder: Path, name: str, penalty_weight: float = 0.0, **plan) -> Path:
+def write_run(folder: Path, penalty_weight: float = 0.0, **plan) -> Path:
     """The files of a run of 20,000 steps with a smooth loss."""
     folder.mkdir()
-    recipe = {"run_name": name, "dataset_name": "Skylion007/openwebtext", "penalty_weight": penalty_weight}
+    recipe = {
+        "run_name": "its name",
+        "output_dir": str(folder),
+        "dataset_name": "Skylion007/openwebtext",
+        "penalty_weight": penalty_weight,
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "plan.json").write_text(json.dumps(PLAN | plan))
     with (folder / "metrics.jsonl").open("w") as file:
@@ -51,7 +60,7 @@ def write_run(folder: Path, name: str, penalty_weight: float = 0.0, **plan) -> P
             if step % 500 == 0:
                 file.write(json.dumps(row | {"split": "validation"}) + "\n")
     (folder / "samples.md").write_text(
-        f"## Step 0\n\n**Once** <b>{name}</b>\n\n## Step 500\n\n**Once** upon {name}\n\n"
+        f"## Step 0\n\n**Once** <b>{folder.name}</b>\n\n## Step 500\n\n**Once** upon {folder.name}\n\n"
     )
     return folder
 
@@ -62,32 +71,71 @@ def test_a_run_is_read_planned_and_drawn_without_torch():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
+def rewrite_rows(folder: Path, change: Callable[[dict], dict]) -> Path:
+    """Change the rows of a run's metrics."""
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(change(row)) + "\n" for row in read_metrics(path)))
+    return folder
+
+
 def texts(figure) -> str:
-    legends = [text.get_text() for axes in figure.axes for text in (axes.get_legend() or figure).findobj(is_text)]
-    return "\n".join(legends + [axes.get_ylabel() for axes in figure.axes])
-
-
-def is_text(artist) -> bool:
-    return hasattr(artist, "get_text")
+    """All that a figure says."""
+    return "\n".join(artist.get_text() for artist in figure.findobj(lambda artist: hasattr(artist, "get_text")))
 
 
 def test_the_curves_show_marks_and_references_where_they_belong(tmp_path):
-    shown = texts(draw([RunRecord.read(write_run(tmp_path / "a", "plain", resumed_after=[4000]))]))
+    shown = texts(draw([RunRecord.read(write_run(tmp_path / "a", resumed_after=[4000]))]))
     for text in ("resumed", "micro-batch 16 → 12", "3.12 GPT-2 124 M", "validation", "gradient norm", "learning rate"):
         assert text in shown
     assert "sharpness penalty" not in shown
-    other = draw([RunRecord.read(write_run(tmp_path / "b", "other", 0.01, vocab_size=400))])
+    other = draw([RunRecord.read(write_run(tmp_path / "b", 0.01, vocab_size=400))])
     assert "sharpness penalty" in texts(other) and "GPT-2 124 M" not in texts(other)
 
 
 def test_several_runs_are_named_in_the_legend(tmp_path):
-    runs = [RunRecord.read(write_run(tmp_path / name, name)) for name in ("first", "second")]
-    figure = draw(runs)
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()][:2] == ["first", "second"]
+    runs = [RunRecord.read(write_run(tmp_path / name)) for name in ("first", "second")]
+    (legend,) = draw(runs).legends
+    assert [text.get_text() for text in legend.get_texts()][:2] == ["first", "second"]
+
+
+def test_the_last_value_of_each_curve_is_written_inside_the_frame_of_its_panel(tmp_path):
+    def dear(row):  # the widest numbers, and a spike that is marked near the right end
+        return row | {
+            "tokens_per_second": 123456.7,
+            "learning_rate": 1.234e-4,
+            "grad_norm": 1e8 if row["step"] == 20_000 else 12.3,
+        }
+
+    one = rewrite_rows(write_run(tmp_path / "one"), dear)
+    runs = [RunRecord.read(folder) for folder in (one, *(write_run(tmp_path / f"{i}") for i in range(7)))]
+    for shown, ending in ((runs[:1], ["3.000", "3.000"]), (runs, ["3.000"] * 8)):
+        figure = draw(shown)
+        FigureCanvasAgg(figure).draw()
+        panels = figure.axes[:4]
+        assert [text.get_text() for text in panels[0].texts] == ending
+        assert "123,457" in [text.get_text() for text in panels[3].texts]
+        assert "1e+08" in [text.get_text() for text in panels[2].texts]
+        for axes in panels:
+            boxes = [text.get_window_extent() for text in axes.texts]
+            frame = axes.get_window_extent()
+            assert all(frame.contains(*box.min) and frame.contains(*box.max) for box in boxes)
+            assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_all_panels_begin_and_end_at_the_same_step(tmp_path):
+    figure = draw([RunRecord.read(write_run(tmp_path / "a", 0.01))])
+    assert len({axes.get_xlim() for axes in figure.axes}) == 1 and len(figure.axes) == 6
+
+
+def test_a_run_without_a_row_is_drawn(tmp_path):
+    folder = write_run(tmp_path / "a", 0.01)
+    (folder / "metrics.jsonl").unlink()
+    FigureCanvasAgg(draw([RunRecord.read(folder)])).draw()
+    assert "not finished: step 0 of 20,000" in write_page([RunRecord.read(folder)])
 
 
 def test_pictures_are_written_in_the_format_of_their_name(tmp_path):
-    run = RunRecord.read(write_run(tmp_path / "a", "a"))
+    run = RunRecord.read(write_run(tmp_path / "a"))
     save_picture([run], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     save_picture([run], tmp_path / "a.svg")
@@ -98,7 +146,7 @@ def test_pictures_are_written_in_the_format_of_their_name(tmp_path):
 def test_the_picture_beside_the_training_is_of_the_last_request(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(curves, "save_picture", lambda runs, path: drawn.append(len(runs[0].validation)))
-    folder = write_run(tmp_path / "a", "a")
+    folder = write_run(tmp_path / "a")
     drawing = Curves(folder, print)
     for _ in range(5):
         with (folder / "metrics.jsonl").open("a") as file:
@@ -116,50 +164,72 @@ def test_a_picture_that_cannot_be_drawn_costs_one_line(tmp_path):
     assert len(said) == 1 and said[0].startswith("training_curves.png could not be drawn")
 
 
-def test_values_that_are_not_finite_are_left_out():
-    rows = [
-        {"step": 1, "x": 1.0},
-        {"step": 2, "x": math.inf},
-        {"step": 3},
-        {"step": 4, "x": None},
-        {"step": 5, "x": 2},
-    ]
-    assert series(rows, "x") == ([1, 5], [1.0, 2])
-
-
-def test_the_running_mean_begins_with_what_there_is():
-    assert running_mean([1, 3, 5, 7], 2) == [1, 2, 4, 6]
-
-
-def plot(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts/plot_run.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
-
-
 @pytest.fixture
 def page(tmp_path) -> Path:
-    runs = [write_run(tmp_path / "one", "first run"), write_run(tmp_path / "two", "second <run>", 0.02)]
-    result = plot(*runs, "--output", "page.html", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    two = write_run(tmp_path / "two <run>", 0.02, resumed_after=[4000, 12_000], finished=True, elapsed_seconds=7384.2)
+    one = write_run(tmp_path / "one", resumed_after=[700])
+    plot_run.main([str(one), str(two), "--output", str(tmp_path / "page.html")])
     return tmp_path / "page.html"
 
 
-def test_the_page_holds_everything_and_loads_nothing(page):
+def outside_of_plotly(page: Path) -> str:
+    """The page without the code of the library, which comes first."""
     text = page.read_text()
-    outside = text[text.index("</script>") :]  # behind Plotly's own code
+    return text[text.index("</script>") :]
+
+
+def test_the_page_holds_everything_and_loads_nothing(page):
+    outside = outside_of_plotly(page)
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", outside)
-    for expected in ("first run", "second &lt;run&gt;", "<td>penalty_weight</td><td>0</td><td>0.02</td>"):
+    for expected in ("penalty_weight=0", "penalty_weight=0.02", "<td>0</td><td>0.02</td>", "124,439,808 parameters"):
         assert expected in outside
-    assert "<b>Once</b> &lt;b&gt;first run&lt;/b&gt;" in outside  # samples are shown as text
-    assert "124,439,808" in outside
+    assert "<b>Once</b> &lt;b&gt;one&lt;/b&gt;" in outside  # samples are shown as text
+    head = page.read_text()[:500]
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in head
 
 
-def test_errors_of_plot_run_are_one_line(tmp_path):
-    result = plot(tmp_path, cwd=tmp_path)
-    assert result.returncode == 2 and "is no run's folder" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-    result = plot(write_run(tmp_path / "a", "a"), "--output", "a.pdf", cwd=tmp_path)
-    assert result.returncode == 2 and ".png, .svg or .html" in result.stderr
+def test_the_page_says_how_each_run_went_and_which_did_not_finish(page):
+    outside = outside_of_plotly(page)
+    first, second = re.findall(r'<tr><td class="name"><i.*?</tr>', outside)
+    assert '<span class="failed">not finished: step 20,000 of 20,000</span>' in first and ">-<" not in second
+    assert '<td class="name">finished</td>' in second
+    for cell in ("20,000", "10.49 B", "3.0000", "20.09", "2:03:04", "100,000"):
+        assert f'<td class="number">{cell}</td>' in second
+    assert "3.12 GPT-2 124 M" in outside
+    assert outside.count("<table>") == outside.count('<div class="scroll"><table>') > 3
+
+
+def test_the_page_of_a_run_names_its_marks_once_and_nothing_else(tmp_path):
+    run = RunRecord.read(write_run(tmp_path / "a", resumed_after=[4000, 12_000]))
+    text = write_page([run])
+    outside = text[text.index("</script>") :]
+    assert "resumed (after step 4,000, 12,000)" in outside and "micro-batch 16 → 12 (after step 8,900)" in outside
+    notes = re.findall(r'"text":"(.*?)"', outside)
+    assert [note for note in notes if note != "step"] == ["3.000", "3.000", "0.001", "0.5", "100,000"]
+    assert outside.count('"showarrow":') == 5  # Plotly writes "new text" into a note without one
+
+
+def test_without_a_name_the_drawing_lies_with_the_runs(tmp_path, monkeypatch, capsys):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    one, two = write_run(runs / "one"), write_run(runs / "two", 0.02)
+    monkeypatch.chdir(tmp_path)
+    plot_run.main([str(one)])
+    plot_run.main(["runs/one", "runs/two"])
+    assert capsys.readouterr().out == f"Drawn: {one}/curves.html\nDrawn: runs/curves.html\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"] and (two.parent / "curves.html").exists()
+
+
+def test_errors_of_plot_run_are_one_line(tmp_path, capsys):
+    run = write_run(tmp_path / "a")
+    for arguments, message in (
+        ([tmp_path], "is no run's folder"),
+        ([run, "--output", "a.pdf"], ".png, .svg or .html"),
+    ):
+        with pytest.raises(SystemExit) as leaving:
+            plot_run.main([*map(str, arguments)])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert leaving.value.code == 2 and message in line
 
 
 # Of every column of the canvas in which the curve is drawn (the one thing there that has a colour): x, and the mean y.
@@ -206,16 +276,29 @@ def test_the_page_shows_curves_and_samples_in_a_browser_without_a_network(page):
     async def look(browser: Page) -> None:
         lines = "[...document.querySelectorAll('path.js-line')]"
         await browser.wait_for(f"{lines}.length >= 18")  # two runs in six panels, validation in three of them
-        # The losses, over most of a panel. Plotly draws constants with two points.
+        # The losses, over most of a panel: all rows, their mean, validation. Plotly draws constants with two points.
         large = f"{lines}.map(line => line.getBBox()).filter(box => box.width > 400 && box.height > 100)"
-        assert await browser.evaluate(f"{large}.length") == 4
+        assert await browser.evaluate(f"{large}.length") == 6
         shown = await browser.evaluate("document.body.innerText")
-        for text in ("cross-entropy (nats per token)", "second <run>", "upon first run", "124,439,808"):
+        for text in ("cross-entropy (nats per token)", "penalty_weight=0.02", "upon two <run>", "124,439,808"):
             assert text in shown
+        notes = "[...document.querySelectorAll('.annotation-text')].map(note => note.textContent)"
+        assert set(await browser.evaluate(notes)) == {"3.000", "0.001", "0.5", "100,000", "0.4"}
         point = await browser.evaluate(ON_FIRST_CURVE)
         await browser.move_mouse(point["x"], point["y"])
         hovered = "[...document.querySelectorAll('.hovertext')].map(label => label.textContent).join()"
         assert "B tokens: 3" in await browser.wait_for(hovered)
+        drawn = await browser.evaluate(f"{lines}.length")
+        await browser.evaluate("document.querySelector('.legend input').click()")  # hides a run in all panels
+        await browser.wait_for(f"{lines}.length === {drawn // 2}")
+        await browser.evaluate("document.querySelector('.legend input').click()")
+        # On a telephone nothing is wider than the screen, and panels stand below each other.
+        size = {"width": 420, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+        await browser.call("Emulation.setDeviceMetricsOverride", **size)
+        panels = "[...document.querySelectorAll('.panels section')].map(panel => panel.getBoundingClientRect())"
+        await browser.wait_for(f"new Set({panels}.map(box => box.left)).size === 1")
+        await browser.wait_for("[...document.querySelectorAll('svg.main-svg')].every(svg => svg.clientWidth <= 420)")
+        assert await browser.evaluate("document.documentElement.scrollWidth") == 420
         assert browser.requests == [page.as_uri()]
         assert browser.failures == []
 

@@ -32,7 +32,7 @@ def test_a_torn_last_line_is_left_out(folder):
 
 def test_a_record_holds_what_the_folder_does(folder):
     run = RunRecord.read(folder)
-    assert (run.name, run.train, run.validation) == ("tiny", [ROWS[1], ROWS[2], ROWS[4]], [ROWS[0], ROWS[3]])
+    assert (run.name, run.train, run.validation) == (folder.name, [ROWS[1], ROWS[2], ROWS[4]], [ROWS[0], ROWS[3]])
     assert run.samples == {1: "**A** b", 3: "**A** c"}
     assert run.marks == [(1, "micro-batch 8 → 4"), (2, "resumed")]
 

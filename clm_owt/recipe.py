@@ -81,7 +81,7 @@ class Recipe:
     dataset_config_name: str | None = result_key("the dataset's configuration on the Hub", None)
     dataset_revision: str | None = result_key("branch, tag or commit of the dataset on the Hub", None)
     dataset_split: str = result_key("the dataset's split that is read", "train")
-    data_files: tuple[str, ...] | None = result_key("paths, globs or URLs", None)
+    data_files: tuple[str, ...] | None = result_key("paths, folders, globs or URLs", None)
     text_column: str = result_key("the column that holds the text", "text")
     validation_documents: int = result_key("documents at the head of the stream held out", 1000, at_least(1))
     expected_train_blocks: int | None = result_key("known size of a dataset still being read", None, at_least(1))

@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import difflib
 import functools
-import glob
 import importlib.util
 import math
 import re
@@ -21,6 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
+from clm_owt.data_files import matching_files, no_match
 from clm_owt.errors import RecipeError
 from clm_owt.recipe import FIELDS, FILE_FORMATS, PYTHON_DOCS, TRACKERS, TYPES, Recipe, is_url, show
 from clm_owt.schedule import schedule_problems
@@ -245,8 +245,8 @@ def data_problems(get: Get) -> list[str]:
         if not files:
             problems.append(f"data_files: missing; dataset_name {dataset} reads the files that data_files names")
         for pattern in files or ():
-            if not is_url(pattern) and not glob.glob(str(Path(pattern).expanduser()), recursive=True):
-                problems.append(f"data_files: {pattern!r} matches no file here; give existing paths, globs or URLs")
+            if not is_url(pattern) and not matching_files(pattern, dataset):
+                problems.append(no_match("data_files", pattern, dataset))
     elif dataset == PYTHON_DOCS:
         for name in ("data_files", "dataset_config_name", "dataset_revision"):
             if get(name):
@@ -257,6 +257,11 @@ def data_problems(get: Get) -> list[str]:
         problems.append(
             f"dataset_name: {dataset!r} is not a Hub id such as Skylion007/openwebtext; "
             f"local files are read by dataset_name {', '.join(FILE_FORMATS)} with data_files"
+        )
+    column = get("text_column")
+    if dataset in ("text", PYTHON_DOCS) and column not in ("text", None):
+        problems.append(
+            f"text_column: {column!r} means nothing for dataset_name {dataset}, which has no columns; remove it"
         )
     return problems
 

@@ -6,6 +6,7 @@ remote code is ever run.
 
 import contextlib
 import functools
+import glob
 import json
 import tempfile
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def read_documents(
     source: Source, start: Position = START, rows_per_batch: int = ROWS_PER_BATCH, end_file: int | None = None
 ) -> Iterator[tuple[Position, pa.LargeStringArray]]:
     """Pairs of (the position before a batch, its texts), from `start` to the end of the source, or to the end of the
-    file before `end_file`. No text is null or invalid UTF-8; some may be empty.
+    file before `end_file`. No text is invalid UTF-8; some may be empty, and one that is null is given as empty.
 
     Documents come in the order of the files and, in them, of the rows. A plain text file's documents are its
     paragraphs, separated by blank lines, as `datasets` gives them with `sample_by="paragraph"`. Where a connection
@@ -61,7 +62,9 @@ def read_documents(
                     name, column = corpus.files[file], source.text_column
                     if column not in table.column_names:
                         raise missing_column(name, column, table.column_names)
-                    yield position, checked_texts(table.column(column), name, column, position.row)
+                    with input_errors(name):
+                        texts = checked_texts(table.column(column), name, column, position.row)
+                    yield position, texts
                     position, pauses = after, iter(READ_PAUSES)
                 position = None
             except InputError as error:
@@ -119,7 +122,7 @@ class Corpus:
 
         source, options = self.source, {}
         if source.files:
-            options["data_files"] = {source.split: [local_path(file) for file in self.files]}
+            options["data_files"] = {source.split: [glob.escape(local_path(file)) for file in self.files]}
             if source.dataset_name == "text":
                 options["sample_by"] = "paragraph"
         else:
@@ -180,24 +183,26 @@ def missing_column(name: str, column: str, columns: list[str]) -> InputError:
 
 
 def checked_texts(column: pa.ChunkedArray, name: str, column_name: str, first_row: int) -> pa.LargeStringArray:
-    """`column` as one array of large strings. Raises `InputError` with the row of the first value that is not text;
-    `first_row` is the row of the file at which the column begins."""
+    """`column` as one array of large strings, null being empty. Raises `InputError` with the row of the first value
+    that is not text; `first_row` is the row of the file at which the column begins."""
     texts = column.combine_chunks()
     if pa.types.is_dictionary(texts.type):
         texts = texts.dictionary_decode()
-    is_text = any(
-        check(texts.type) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    )
-    if not is_text:
-        row, value = first_non_text(texts)
+    values = None
+    if isinstance(texts, pa.ExtensionArray):  # `datasets` gives JSON columns of mixed types as JSON
+        values = [json.loads(value or "null") for value in texts.storage.to_pylist()]
+        if all(value is None or isinstance(value, str) for value in values):
+            texts = pa.array(values, pa.large_string())
+    if texts.null_count == len(texts):
+        texts = pa.nulls(len(texts), pa.large_string())
+    if not is_text(texts.type):
+        values = values or texts.to_pylist()
+        row = next(row for row, value in enumerate(values) if value is not None and not isinstance(value, str))
         raise InputError(
-            f"{name}: row {first_row + row}, column {column_name!r}: {format_value(value)} where text was expected "
-            f"(the column's type is {texts.type})"
+            f"{name}: row {first_row + row}, column {column_name!r}: {format_value(values[row])} where text was "
+            f"expected (the column's type is {texts.type})"
         )
-    if texts.null_count:
-        row = texts.is_null().index(True).as_py()
-        raise InputError(f"{name}: row {first_row + row}, column {column_name!r}: null where text was expected")
-    texts = texts.cast(pa.large_string())
+    texts = texts.cast(pa.large_string()).fill_null("")
     try:
         texts.validate(full=True)
     except pa.ArrowInvalid:
@@ -214,10 +219,5 @@ def checked_texts(column: pa.ChunkedArray, name: str, column_name: str, first_ro
     return texts
 
 
-def first_non_text(values: pa.Array) -> tuple[int, object]:
-    """Row and value of the first entry that is no text; `datasets` gives JSON columns of mixed types as JSON."""
-    if isinstance(values, pa.ExtensionArray):
-        for row, value in enumerate(values.storage.to_pylist()):
-            if value is None or not value.startswith('"'):
-                return row, value if value is None else json.loads(value)
-    return 0, values[0].as_py() if len(values) else None
+def is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

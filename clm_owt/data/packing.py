@@ -71,13 +71,14 @@ class StoreWriter:
         self.on_shard = on_shard
         self.block_size = description["block_size"]
         self.dtype = np.dtype(description["dtype"])
-        self.dataset_name = description["source"]["dataset_name"]
+        self.source_name = source_name(description["source"])
         self.manifest = read_manifest(folder) or description | {
             "validation": {"shards": [], "complete": False},
             "train": {"shards": [], "complete": False},
             "documents": {"validation": 0, "train": 0, "empty": 0},
             "complete": False,
         }
+        self.validation_documents = self.manifest["documents"]["validation"]  # of those that have been read
         self.drop_damaged_shards()
 
     def drop_damaged_shards(self) -> None:
@@ -102,6 +103,10 @@ class StoreWriter:
                 return TokenPosition.from_json(self.shards(split)[-1]["after"])
         return TokenPosition()
 
+    def count_held_out(self, piece: Encoded, documents_before: int) -> int:
+        """How many documents of `piece` are of the validation set."""
+        return min(max(self.manifest["validation_documents"] - documents_before, 0), len(piece.lengths))
+
     def write_shard(self, split: str, tokens: np.ndarray, end: TokenPosition) -> None:
         """Write `tokens`, a multiple of the block size, as the next shard of `split`, and list it in the manifest.
         `end` is the place after them. Raises OSError, and leaves no partial file, where the disk is full."""
@@ -121,10 +126,9 @@ class StoreWriter:
         self.on_shard(split)
 
     def count_documents(self, end: TokenPosition) -> None:
-        validation = self.manifest["validation_documents"]
         self.manifest["documents"] = {
-            "validation": min(end.documents, validation),
-            "train": max(end.documents - validation, 0),
+            "validation": self.validation_documents,
+            "train": max(end.documents - self.validation_documents, 0),
             "empty": end.empty,
         }
 
@@ -139,6 +143,12 @@ class StoreWriter:
 
     def write_manifest(self) -> None:
         write_text(self.folder / "manifest.json", json.dumps(self.manifest, indent=1))
+
+
+def source_name(source: dict) -> str:
+    """How an error calls the source of a manifest: by its file, where it is one."""
+    files = source.get("files", [])
+    return files[0][0] if len(files) == 1 else source["dataset_name"] + (f" ({len(files)} files)" if files else "")
 
 
 class TokenBuffer:
@@ -169,7 +179,7 @@ def write_store(writer: StoreWriter, encoded: Callable[[Position], Iterator[Enco
     byte for byte however often this was interrupted. Raises `InputError` for a corpus with no document, or too short
     for one validation and one training block, before anything is written.
     """
-    block_size, held_out_documents = writer.block_size, writer.manifest["validation_documents"]
+    block_size = writer.block_size
     shard_tokens = BLOCKS_PER_SHARD * block_size
     start = writer.end()
     batch, tokens_before = start, 0  # the batch that is being packed, and its tokens so far
@@ -182,22 +192,23 @@ def write_store(writer: StoreWriter, encoded: Callable[[Position], Iterator[Enco
             batch, tokens_before = TokenPosition(piece.position, 0, documents, empty), 0
         packed = start.tokens if piece.position == start.position else 0  # of this batch, already in shards
         first = min(max(packed - tokens_before, 0), len(piece.tokens))
-        held_out = int(np.sum(piece.lengths[: max(held_out_documents - documents, 0)]))
+        held_out_documents = writer.count_held_out(piece, documents)
+        held_out = int(np.sum(piece.lengths[:held_out_documents]))
+        if held_out_documents:
+            writer.validation_documents = documents + held_out_documents
+            validation_end = batch.with_tokens(tokens_before + held_out)
         validation.add(piece.tokens[first:held_out])
         train.add(piece.tokens[max(first, held_out) :])
         documents += len(piece.lengths)
         empty += piece.empty
 
-        if held_out:
-            validation_end = batch.with_tokens(tokens_before + held_out)
         while validation.size >= shard_tokens:
             taken = validation.take(shard_tokens)
             writer.write_shard("validation", taken, batch.with_tokens(tokens_before + held_out - validation.size))
         tokens_before += len(piece.tokens)
-        if documents >= held_out_documents and not writer.manifest["validation"]["complete"]:
+        if train.size >= block_size and not writer.manifest["validation"]["complete"]:
             check_validation(writer, validation)
-            if train.size >= block_size:
-                finish_validation(writer, validation, validation_end)
+            finish_validation(writer, validation, validation_end)
         while train.size >= shard_tokens:
             taken = train.take(shard_tokens)
             writer.write_shard("train", taken, batch.with_tokens(tokens_before - train.size))
@@ -220,7 +231,7 @@ def check_validation(writer: StoreWriter, validation: TokenBuffer) -> None:
     """Raises `InputError` where the validation documents are shorter than one block."""
     if not writer.shards("validation") and validation.size < writer.block_size:
         raise InputError(
-            f"{writer.dataset_name}: the {writer.manifest['validation_documents']} validation documents are "
+            f"{writer.source_name}: the {writer.manifest['validation_documents']} validation documents are "
             f"{validation.size} tokens, shorter than one block of {writer.block_size}; "
             "raise validation_documents or lower block_size"
         )
@@ -229,15 +240,15 @@ def check_validation(writer: StoreWriter, validation: TokenBuffer) -> None:
 def check_training(writer: StoreWriter, train: TokenBuffer, documents: int, empty: int) -> None:
     """Raises `InputError` where the whole stream holds no training block."""
     if documents == 0:
-        raise InputError(f"{writer.dataset_name}: no document with text in it ({empty} empty ones)")
+        raise InputError(f"{writer.source_name}: no document with text in it ({empty} empty ones)")
     held_out = writer.manifest["validation_documents"]
     if documents <= held_out and not writer.shards("train"):
         raise InputError(
-            f"{writer.dataset_name}: {documents} documents, of which validation_documents: {held_out} are held out, "
+            f"{writer.source_name}: {documents} documents, of which validation_documents: {held_out} are held out, "
             "leave none to train on; lower validation_documents"
         )
     if not writer.shards("train") and train.size < writer.block_size:
         raise InputError(
-            f"{writer.dataset_name}: the {documents - held_out} training documents are {train.size} tokens, shorter "
+            f"{writer.source_name}: the {documents - held_out} training documents are {train.size} tokens, shorter "
             f"than one block of {writer.block_size}; lower block_size or validation_documents"
         )

@@ -2,7 +2,6 @@
 their content, or the built-in corpus at the versions of its packages. `documents` reads them.
 """
 
-import glob
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from clm_owt.data import python_docs
 from clm_owt.data.retries import with_retries
+from clm_owt.data_files import matching_files, no_match
 from clm_owt.errors import InputError, one_line
 from clm_owt.files import replacing
 from clm_owt.recipe import FILE_FORMATS, PYTHON_DOCS, Recipe, is_url
@@ -70,7 +70,7 @@ def resolve_source(recipe: Recipe) -> Source:
         versions = [(package, metadata.version(package)) for package in python_docs.PACKAGES]
         return Source(name, packages=(("python", sys.version.split()[0]), *versions))
     if name in FILE_FORMATS:
-        paths = expand_files(recipe.data_files or ())
+        paths = expand_files(recipe.data_files or (), name)
         digests = [with_retries(lambda path=path: file_digest(path, recipe)) for path in paths]
         return Source(name, files=tuple(zip(paths, digests, strict=True)), text_column=recipe.text_column)
     return Source(
@@ -84,19 +84,17 @@ def resolve_source(recipe: Recipe) -> Source:
     )
 
 
-def expand_files(patterns: tuple[str, ...]) -> list[str]:
-    """Absolute paths (sorted within a glob) and URLs, in the order of the patterns; no file twice. Raises
+def expand_files(patterns: tuple[str, ...], file_format: str) -> list[str]:
+    """Absolute paths (sorted within a folder or glob) and URLs, in the order of the patterns; no file twice. Raises
     `InputError` for a pattern that matches no file."""
     files = []
     for pattern in patterns:
         if is_url(pattern):
             files.append(pattern)
             continue
-        expanded = str(Path(pattern).expanduser())
-        exact = [expanded] if Path(expanded).is_file() else []
-        found = exact or sorted(path for path in glob.glob(expanded, recursive=True) if Path(path).is_file())
+        found = matching_files(pattern, file_format)
         if not found:
-            raise InputError(f"data_files: {pattern!r} names no file (looked in {Path.cwd()})")
+            raise InputError(no_match("data_files", pattern, file_format))
         files += [str(Path(path).absolute()) for path in found]
     return list(dict.fromkeys(files))
 

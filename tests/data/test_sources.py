@@ -14,6 +14,7 @@ from clm_owt.data.documents import Position, read_documents
 from clm_owt.data.sources import Source, remember_refs, resolve_source
 from clm_owt.errors import InputError
 from clm_owt.recipe import Recipe
+from clm_owt.recipe_reader import load_recipe
 
 TEXTS = [f"document number {i}" for i in range(100)]
 JSON_LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -92,12 +93,15 @@ pq.write_table(pa.table({"text": TEXTS}), PARQUET)
 NOT_UTF8 = pa.array([b"fine", b"a\xff"], pa.binary()).view(pa.string())
 BAD_DATA = {
     "missing column": ("a.jsonl", b'{"txt": "a", "n": 1}\n', "no column 'text'; its columns are txt, n"),
-    "null": ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', "row 1, column 'text': null where text was expected"),
-    "only nulls": ("a.jsonl", b'{"text": null}\n', "row 0, column 'text': null where text was expected"),
+    "only nulls": ("a.jsonl", b'{"text": null}\n' * 3, r"no document with text in it \(3 empty ones\)"),
+    "null, then number": (
+        "a.jsonl",
+        b'{"text": null}\n{"text": 5}\n',
+        "row 1, column 'text': 5 where text was expected",
+    ),
     "number": ("a.jsonl", b'{"text": "a"}\n{"text": 5}\n', "row 1, column 'text': 5 where text was expected"),
     "numbers": ("a.jsonl", b'{"text": 5}\n{"text": 6}\n', "row 0, column 'text': 5 where text was expected"),
     "nested": ("a.jsonl", b'{"text": "a"}\n{"text": {"b": [1]}}\n', r"row 1, column 'text': {'b': \[1\]} where text"),
-    "absent in a row": ("a.jsonl", b'{"text": "a"}\n{"other": 1}\n', "row 1, column 'text': null where text"),
     "invalid UTF-8": ("a.jsonl", b'{"text": "ok"}\n{"text": "a\xff"}\n', r"row 1, .* not UTF-8 \(byte 1 is 0xff"),
     "lone surrogate": (
         "a.jsonl",
@@ -112,7 +116,12 @@ BAD_DATA = {
     "zero-length Parquet": ("a.parquet", b"", "cannot be read .*0 bytes"),
     "truncated Parquet": ("a.parquet", truncated(PARQUET.getvalue().to_pybytes()), "cannot be read .*corrupted"),
     "Parquet column": ("a.parquet", pa.table({"t": TEXTS}), "no column 'text'; its columns are t"),
-    "Parquet null": ("a.parquet", pa.table({"text": [*TEXTS, None]}), "row 100, column 'text': null where text"),
+    "Parquet nulls": ("a.parquet", pa.table({"text": pa.nulls(9, pa.int64())}), r"no document .* \(9 empty ones\)"),
+    "Parquet null, then number": (
+        "a.parquet",
+        pa.table({"text": [None, 3]}),
+        "row 1, column 'text': 3 where text was",
+    ),
     "Parquet number": ("a.parquet", pa.table({"text": [3, 4]}), "row 0, column 'text': 3 where text was expected"),
     "Parquet nested": ("a.parquet", pa.table({"text": [{"a": 1}]}), "row 0, column 'text': {'a': 1} where text"),
     "Parquet binary": ("a.parquet", pa.table({"text": [b"a"]}), "row 0, column 'text': b'a' where text was expected"),
@@ -151,8 +160,47 @@ def test_bad_data_is_an_error_that_names_file_row_and_value_and_nothing_is_writt
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_rows_without_text_are_empty_documents(tmp_path, kind):
+    """Null, or in JSON no key of that name; a value that is no text stays an error."""
+    texts = ["a", None, "b", None, None]
+    lines = [json.dumps({"n": 1} if text is None and row == 3 else {"text": text}) for row, text in enumerate(texts)]
+    content = {"json": "\n".join(lines).encode(), "parquet": pa.table({"text": texts})}[kind]
+    assert texts_of(files_source(tmp_path, kind, written(tmp_path / f"a.{kind}", content))) == ["a", "", "b", "", ""]
+
+
+def test_a_number_in_a_later_batch_is_named_by_its_row_in_the_file(tmp_path):
+    content = b'{"text": "a"}\n' * 1500 + b'{"text": null}\n{"text": 5}\n'
+    with pytest.raises(InputError, match="row 1501, column 'text': 5 where text was expected"):
+        texts_of(files_source(tmp_path, "json", written(tmp_path / "a.jsonl", content)))
+
+
+@pytest.mark.parametrize("name", ["draft [1].txt", "why?*.txt", "[a-b]/{x}.txt"])
+def test_a_file_is_named_by_its_name_whatever_characters_are_in_it(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    written(tmp_path / name, b"one\n\ntwo")
+    written(tmp_path / "a", b"another file, which '[a-b]' would match")
+    source = files_source(tmp_path, "text", tmp_path / name)
+    assert texts_of(source) == ["one", "two"]
+    argv = "--dataset_name text --tokenizer_name gpt2 --max_steps 9 --warmup_steps 1 --effective_batch_size 1".split()
+    load_recipe([*argv, "--learning_rate", "1e-3", "--data_files", str(tmp_path / name)])
+
+
+def test_a_folder_stands_for_the_files_of_the_format_in_it(tmp_path):
+    for name in ("b.jsonl.gz", "a.json", "notes.txt", "sub/c.ndjson", ".hidden/d.json", "README", "a.jsonl.partial"):
+        (tmp_path / "my [data]" / name).parent.mkdir(parents=True, exist_ok=True)
+        written(tmp_path / "my [data]" / name, json.dumps({"text": name}).encode())
+    folder = tmp_path / "my [data]"
+    assert texts_of(files_source(tmp_path, "json", folder)) == ["a.json", "b.jsonl.gz", "sub/c.ndjson"]
+    assert texts_of(files_source(tmp_path, "text", folder)) == ['{"text": "notes.txt"}']
+    with pytest.raises(
+        InputError, match=r"the folder .* holds no parquet files \(named \.parquet, compressed or not\)"
+    ):
+        files_source(tmp_path, "parquet", folder)
+
+
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"data_files: '.*no-such.*' names no file"):
+    with pytest.raises(InputError, match=r"data_files: '.*no-such.*' matches no file here"):
         files_source(tmp_path, "json", tmp_path / "no-such-*.jsonl")
 
 

@@ -1,3 +1,5 @@
+import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -21,7 +23,7 @@ from clm_owt.data.packing import StoreWriter, write_store
 from clm_owt.data.parts import Encoded, groups_of_documents, with_end_of_text
 from clm_owt.data.sources import resolve_source
 from clm_owt.data.token_store import TokenStore
-from clm_owt.data.tokenizer_files import load_tokenizer
+from clm_owt.data.tokenizer_files import load_tokenizer, tokenizer_folder
 from clm_owt.errors import InputError
 from clm_owt.recipe import Recipe
 
@@ -170,11 +172,39 @@ def test_every_file_is_flushed_to_disk_before_it_has_its_name(recipe_for, monkey
     assert all(file.stat().st_ino in flushed for file in manifest_and_shards + tokenizer)
 
 
+def test_a_store_of_settings_that_were_always_there_keeps_its_name_and_its_bytes(recipe_for, tmp_path):
+    """As the first version wrote it."""
+    recipe = recipe_for(words(3000), block_size=8, validation_documents=70)
+    folder, digest = built(recipe).folder, hashlib.sha256()
+    for name, content in contents(folder).items():
+        digest.update(name.encode() + content.replace(str(tmp_path).encode(), b""))
+    assert (folder.name, digest.hexdigest()[:16]) == ("json-04bbb1cfa11a69c4", "e0440c1e424e7696")
+    trained = dataclasses.replace(recipe, tokenizer_name=None, train_tokenizer_vocab_size=300)
+    assert tokenizer_folder(trained, resolve_source(trained)).name == "bpe-300-33dd89426811d2e5"
+
+
 # interruptions
 
 
 class Interrupted(Exception):
     pass
+
+
+def test_the_validation_documents_are_counted_before_the_first_training_shard_is_there(recipe_for):
+    """Also where they end amid a batch that goes on with training documents."""
+    recipe = recipe_for(words(3000), block_size=8, validation_documents=70)
+    source = resolve_source(recipe)
+
+    def stop(split):
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        build(recipe, source, stop)
+    store = TokenStore(recipe, source)
+    store.wait_for_validation(check=lambda what: None)
+    assert store.train_blocks_so_far == 0
+    assert store.counts()["validation_documents"] == 70
+    assert built(recipe).counts()["validation_documents"] == 70
 
 
 def test_a_build_interrupted_after_any_shard_continues_to_the_same_bytes(recipe_for, tmp_path, monkeypatch):

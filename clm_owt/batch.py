@@ -5,7 +5,7 @@ micro-batches of m: the last one is smaller where m does not divide; nothing is 
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,10 @@ if TYPE_CHECKING:  # this arithmetic needs no torch
 
 # The label of a position that does not count, as in torch.nn.functional.cross_entropy.
 IGNORE_INDEX = -100
+
+# Gradients are added up over processes in pieces of at most so many bytes: enough for the full rate of a network,
+# little of what a GPU holds, and for GPT-2 small 7 pieces.
+GRADIENT_BUCKET_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,21 @@ def count(number: int, one: str, many: str) -> str:
 def next_smaller(global_batch: int, processes: int, micro_batch: int) -> int | None:
     """The micro-batch to step down to from one that did not fit; None below 1."""
     return next(candidate_sizes(global_batch, processes, micro_batch - 1), None)
+
+
+def gradient_buckets(sizes: Sequence[int], bucket_bytes: int = GRADIENT_BUCKET_BYTES) -> list[range]:
+    """Gradients of so many bytes as consecutive buckets, each given by its places in `sizes`. One that is larger than
+    a bucket, as that of the embedding, is one by itself, so that it need not be copied into one."""
+    buckets: list[range] = []
+    held = bucket_bytes  # by the last bucket
+    for place, size in enumerate(sizes):
+        if held + size <= bucket_bytes:
+            buckets[-1] = range(buckets[-1].start, place + 1)
+            held += size
+        else:
+            buckets.append(range(place, place + 1))
+            held = size
+    return buckets
 
 
 def loss_chunk_rows(vocab_size: int, device_type: str, device_memory: int) -> int:

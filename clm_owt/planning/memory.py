@@ -1,6 +1,6 @@
 """The memory of a training step by arithmetic, `training/memory_trace.py` finds it from the code."""
 
-from clm_owt.batch import largest_share, loss_chunk_rows, softmax_rows
+from clm_owt.batch import GRADIENT_BUCKET_BYTES, largest_share, loss_chunk_rows, softmax_rows
 from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.planning.devices import Hardware
 from clm_owt.recipe import Recipe
@@ -63,5 +63,7 @@ def step_memory(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Har
     if largest_share(recipe.effective_batch_size, hardware.processes) > micro_batch:
         parts["gradients"] = weights
     elif weights > parts["activations"] + parts["loss"]:  # it is at the end of the backward
-        parts |= {"gradients": weights, "activations": 0, "loss": 0}
+        summed = hardware.processes > 1 and not hardware.sharded  # a copy of each bucket
+        copies = min(GRADIENT_BUCKET_BYTES, weights) if summed else 0
+        parts |= {"gradients": weights + copies, "activations": 0, "loss": 0}
     return parts

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.futures import Future
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -25,6 +26,7 @@ from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.planning.devices import Hardware
 from clm_owt.recipe import Recipe
 from clm_owt.training.device_memory import process_sizes, start_threads
+from clm_owt.training.gradient_sum import GradientSum
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "loss")
 
@@ -109,12 +111,21 @@ def trace_layers(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Ha
                 block_rows=softmax_rows(vocab_size, hardware.device_type),
             )
 
+    def summing(flat: torch.Tensor) -> Future:
+        """What starts the sum over processes, which takes no memory of this kind."""
+        tracker.assign(flat, "gradients")
+        done: Future = Future()
+        done.set_result(flat)
+        return done
+
     with FakeTensorMode(), tracker:
         with tracker.creating("weights"):
             model = build_model(recipe, vocab_size, eos_token_id=0, check_weights=False)
             model.linear_loss = loss
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: tracker.assign(p.grad, "gradients"))
+        summed = hardware.processes > 1 and not hardware.sharded
+        gradient_sum = GradientSum(list(model.parameters()), summing) if summed else GradientSum()
         optimizer = OPTIMIZERS[recipe.optimizer].build(model, recipe)
         # In the middle of a run: the optimizer has its state, and where the global batch is larger than a micro-batch
         # the gradients of earlier ones lie in memory.
@@ -126,7 +137,10 @@ def trace_layers(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Ha
         if largest_share(recipe.effective_batch_size, hardware.processes) <= micro_batch:
             optimizer.zero_grad(set_to_none=True)
         tracker.peak = Counter()
+        gradient_sum.begin()
+        gradient_sum.expect_last_backward()
         forward_and_backward(model, recipe, micro_batch, hardware.mixed_precision)
+        gradient_sum.finish()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
         optimizer.step()
     return {part: tracker.peak[part] for part in PARTS}

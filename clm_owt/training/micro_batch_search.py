@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size
 
-from clm_owt.batch import candidate_sizes
+from clm_owt.batch import GRADIENT_BUCKET_BYTES, candidate_sizes
 from clm_owt.formatting import format_bytes
 from clm_owt.model.gpt2 import GPT2ForPretraining
 from clm_owt.optimizers import OPTIMIZERS, kind_of
@@ -142,13 +142,15 @@ def probe(
     most: int,
 ) -> None:
     """Hold what a training step holds at its fullest, under the limit of `most` bytes: gradients of the micro-batches
-    before, the optimizer's state (where FSDP2 will share it out a process's part; parameters and gradients are
-    complete, so that what fits here fits sharded), and one forward and backward at full length."""
+    before and a bucket of them, the optimizer's state (where FSDP2 will share it out a process's part; parameters and
+    gradients are complete, so that what fits here fits sharded), and one forward and backward at full length."""
     device = accelerator.device
     shards = hardware.processes if hardware.sharded else 1
     state_bytes = OPTIMIZERS[recipe.optimizer].state_bytes
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     state_sizes = [state_bytes[kind_of(name, p.dim())] * -(-p.numel() // shards) for name, p in parameters.items()]
+    if hardware.processes > 1 and not hardware.sharded:
+        state_sizes.append(min(GRADIENT_BUCKET_BYTES, sum(4 * p.numel() for p in parameters.values())))
     blocks = torch.arange(micro_batch * recipe.block_size, device=device).view(micro_batch, recipe.block_size)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), limited(device, most):

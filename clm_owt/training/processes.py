@@ -1,5 +1,6 @@
 """The processes of a run: what they do together, and what they must agree on."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, Self, TypeVar
@@ -16,6 +17,7 @@ from clm_owt.console import print_lines
 from clm_owt.errors import InputError, RunFailed
 from clm_owt.stopping import Stopped, StopRequest
 from clm_owt.training.device_memory import is_out_of_memory, release_cached_memory
+from clm_owt.training.gradient_sum import GradientSum
 
 T = TypeVar("T")
 
@@ -60,21 +62,21 @@ class Processes:
     def attempt(self, work: Callable[[], T], stop: StopRequest, discard: Callable[[], object] = lambda: None) -> T:
         """What `work()` gives, once all processes have agreed that it succeeded on each of them. Collective.
 
-        `work` itself must not be: a process that runs out of memory in it, or is told to stop, leaves it alone. Then
-        each process discards what the attempt left, and all raise DoesNotFit or Stopped together. Any other error is
-        raised at once, where it happens.
+        `work` itself must not wait for others: a process that runs out of memory in it, or is told to stop, leaves it
+        alone, and discards what it left before it says so. Then the others discard theirs, and all raise DoesNotFit or
+        Stopped together. Any other error is raised at once, where it happens.
         """
-        result, out_of_memory = None, False
+        result, failed, out_of_memory = None, False, False
         try:
             result = work()
         except Stopped:
-            pass  # the others learn of it in the agreement
+            failed = True  # the others learn of it in the agreement
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            out_of_memory = True
+            failed = out_of_memory = True
         # The error is gone by now, and with its traceback the tensors that it held.
-        if out_of_memory:
+        if failed:
             discard()
             release_cached_memory()  # before the others go on: on a CPU it is theirs too
         verdict = self.agree(out_of_memory, stop.signum)
@@ -117,17 +119,17 @@ class Processes:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
-    def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Add up the gradients of all processes, in place: the one synchronisation of a step, which nothing in forward
-        or backward does. (Under FSDP2 the last backward has done it.)"""
-        if self.count > 1 and not self.sharded:
-            works = [dist.all_reduce(p.grad, async_op=True) for p in parameters if p.grad is not None]
-            for work in works:
-                work.wait()
+    def gradient_sum(self, model: torch.nn.Module) -> GradientSum:
+        """What adds up the gradients of `model` over all processes, once a step. Nothing to do for one process; under
+        FSDP2 the last backward does it."""
+        if self._cpu_group is None or self.sharded:
+            return GradientSum()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return GradientSum(parameters, start=functools.partial(dist.all_reduce, async_op=True))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over all processes, on its device."""
-        if self.count > 1:
+        if self._cpu_group is not None:
             dist.all_reduce(values)
         return values
 

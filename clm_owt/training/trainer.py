@@ -101,6 +101,7 @@ class Trainer:
             Path(recipe.output_dir) / "checkpoints", recipe.save_total_limit, on_written=on_saved, say=log.say
         )
         processes.shard(model)
+        self.gradient_sum = processes.gradient_sum(model)
         self.optimizer = OPTIMIZERS[recipe.optimizer].build(model, recipe, processes)
         self.state = self.restore(existing) if existing.checkpoint is not None else TrainState()
         if not (found.from_plan and self.state.micro_batch):  # on the same machine an earlier step-down stays
@@ -202,10 +203,9 @@ class Trainer:
             if random_states is not None:  # the step is given up, and will be repeated with the same dropout
                 checkpoint.set_random_state(random_states)
             raise
-        parameters = list(self.model.parameters())
-        self.processes.sum_gradients(parameters)
+        self.gradient_sum.finish()
         sums = self.processes.sum(sums)
-        grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm))
+        grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm))
         # The one place of a step where the host waits for the device.
         *sums, norm = torch.cat([sums, grad_norm.reshape(1)]).tolist()
         statistics = LossStatistics(*sums)
@@ -239,7 +239,8 @@ class Trainer:
 
         Gives the process's part of the step's statistics, float32 [5] on the device: divided by the tokens of the
         whole global batch, so that parts of micro-batches and processes add up, and gradients with them. Nothing in a
-        forward or backward waits for another process, so an error in one leaves none hanging. Raises DoesNotFit or
+        forward or backward waits for another process, so an error in one leaves none hanging: the last backward only
+        starts to add up the gradients of all processes, which `gradient_sum.finish` waits for. Raises DoesNotFit or
         Stopped, on all processes together, without gradients left.
         """
         if self.processes.sharded:
@@ -248,11 +249,15 @@ class Trainer:
         def work() -> torch.Tensor:
             self.blocks.wait_for(self.state.position + self.recipe.effective_batch_size)
             sums = torch.zeros(len(LossStatistics._fields), device=self.accelerator.device)
-            for piece in self.cut():
+            pieces = self.cut()
+            for piece in pieces:
                 self.stop.check()
+                if piece is pieces[-1]:
+                    self.gradient_sum.expect_last_backward()
                 sums += self.forward_and_backward(piece)
             return sums
 
+        self.gradient_sum.begin()
         return self.processes.attempt(work, self.stop, discard=self.discard_gradients)
 
     def accumulate_sharded_gradients(self) -> torch.Tensor:
@@ -311,6 +316,7 @@ class Trainer:
         return torch.stack([value.detach() for value in output])
 
     def discard_gradients(self) -> None:
+        self.gradient_sum.abandon()
         self.optimizer.zero_grad(set_to_none=True)
 
     # Between steps

@@ -117,6 +117,18 @@ def test_the_plans_formula_is_within_a_tenth_of_the_trace(changes, hardware):
     assert sum(step_memory(recipe, 16_384, 16, hardware).values()) == pytest.approx(traced, rel=0.10)
 
 
+def test_the_buckets_in_which_processes_sum_their_gradients_are_counted():
+    """Where the weights are most of the memory, the end of the backward is the fullest moment."""
+    recipe = small(n_layer=2, block_size=16, effective_batch_size=4)
+    traced = {
+        n: total(dataclasses.replace(recipe, effective_batch_size=n), 4096, 1, Hardware(processes=n)) for n in (1, 4)
+    }
+    weights = trace_step(recipe, 4096, 1, CPU)["weights"]
+    assert traced[4] == pytest.approx(5 * weights, rel=0.01)  # weights, two moments, gradients and their copy
+    assert traced[1] < 4.5 * weights
+    assert sum(step_memory(recipe, 4096, 1, Hardware(processes=4)).values()) == pytest.approx(traced[4], rel=0.01)
+
+
 def test_storages_are_counted_once_and_forgotten_when_they_die():
     with LiveStorages() as tracker:
         a = torch.zeros(1000)

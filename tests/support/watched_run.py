@@ -95,7 +95,7 @@ class WatchedTrainer(Trainer):
         elif rank() == 0:
             torch.save(own, record / f"weights-{step}.pt")
         loss = self.processes.sum(self.accumulate_gradients())[0]
-        self.processes.sum_gradients(list(parameters.values()))
+        self.gradient_sum.finish()
         gradient = torch.cat([full_tensor(p.grad).reshape(-1) for p in parameters.values()])
         if rank() == 0:
             torch.save({"loss": loss.item(), "gradient": gradient}, record / f"gradient-{step}.pt")

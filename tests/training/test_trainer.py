@@ -12,6 +12,7 @@ from clm_owt.model.gpt2 import build_model
 from clm_owt.recipe import PENALTY_TYPES
 from clm_owt.recipe_reader import load_recipe
 from clm_owt.state import TrainState
+from clm_owt.training.gradient_sum import GradientSum
 from clm_owt.training.processes import Processes
 from clm_owt.training.trainer import Trainer
 
@@ -31,7 +32,7 @@ class StepTrainer(Trainer):
         self.blocks = SimpleNamespace(read=lambda start, stop: blocks[start:stop].numpy(), wait_for=lambda stop: None)
         self.accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
         self.stop = SimpleNamespace(check=lambda: None, signum=None)
-        self.state = TrainState(micro_batch=micro_batch)
+        self.state, self.gradient_sum = TrainState(micro_batch=micro_batch), GradientSum()
 
 
 def gradient(model, recipe, blocks, processes: int, micro_batch: int) -> tuple[float, torch.Tensor]:

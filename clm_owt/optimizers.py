@@ -24,11 +24,13 @@ KINDS = ("embedding", "matrix", "vector")
 class OptimizerEntry:
     """state_bytes: bytes that the optimizer keeps for each parameter, by the parameter's kind; describe: a line for
     the model card, from the settings of recipe.yaml; builder: `module:function` that makes it of (model, recipe,
-    processes)."""
+    processes); published_rates: (parameters, peak rate, where), the highest known of each size, above which the plan
+    warns."""
 
     state_bytes: Mapping[str, int]
     describe: Callable[[Mapping[str, Any]], str]
     builder: str
+    published_rates: tuple[tuple[int, float, str], ...] = ()
 
     def build(
         self, model: "torch.nn.Module", recipe: "Recipe", processes: "Processes | None" = None
@@ -61,11 +63,20 @@ OPTIMIZERS = {
         state_bytes=dict.fromkeys(KINDS, 8),  # two moments in float32
         describe=describe_adamw,
         builder="clm_owt.training.optim:build_adamw",
+        published_rates=(
+            (124_000_000, 1.8e-3, "6e-4 in nanoGPT, llm.c, Mistral and MARS, up to 1.8e-3 with a changed model"),
+            (355_000_000, 3e-4, "llm.c, MARS"),
+            (774_000_000, 2.5e-4, "llm.c; 2e-4 in MARS"),
+            (1_558_000_000, 6e-4, "llm.c, with 1 M tokens a step; 2e-4 in MARS"),
+        ),
     ),
     "muon": OptimizerEntry(
         state_bytes={"embedding": 8, "matrix": 4, "vector": 8},  # one momentum in float32; AdamW's two
         describe=describe_muon,
         builder="clm_owt.training.optim:build_muon",
+        published_rates=(
+            (124_000_000, 1.6e-2, "6e-3 for GPT-2 small in MARS-M, 8e-3 to 1.6e-2 for 130 M in arXiv 2509.02046"),
+        ),
     ),
 }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from clm_owt.batch import describe_cut
 from clm_owt.errors import InputError
 from clm_owt.formatting import format_bytes, format_duration
+from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.planning.devices import Hardware
 from clm_owt.planning.memory import count_parameters, optimizer_bytes, step_memory
 from clm_owt.planning.step_time import SLOWEST, step_seconds
@@ -22,18 +23,14 @@ from clm_owt.schedule import schedule_problems
 # The guide's base for scaling rates with the batch: 6e-4 at 32 blocks.
 BASE_RATE, BASE_BATCH = 6e-4, 32
 
-# The highest peak rate published for AdamW at GPT-2's sizes, by parameters. Rates of smaller models are not listed.
-PUBLISHED_RATES = (
-    (124_000_000, 1.8e-3, "GPT-2 small: 6e-4 in nanoGPT, llm.c, Mistral and MARS, up to 1.8e-3 with a changed model"),
-    (355_000_000, 3e-4, "GPT-2 medium: llm.c, MARS"),
-    (774_000_000, 2.5e-4, "GPT-2 large: llm.c; 2e-4 in MARS"),
-    (1_558_000_000, 6e-4, "GPT-2 xl: llm.c, with 1 M tokens a step; 2e-4 in MARS"),
-)
-
 # Standard deviation of a token's loss in nats, in mid-training; the mean of n tokens is good to about 3.2/sqrt(n).
 TOKEN_LOSS_DEVIATION = 3.2
 
 LONG_WARMUP = 0.10
+
+# Of 130 M parameters at 10 billion tokens, AdamW tuned for each batch (arXiv 2509.02046): so many nats more than with
+# half a million tokens a step.
+LARGE_BATCH, LARGE_BATCH_COST = 2_000_000, 0.05
 
 COARSE_VALIDATION = 0.02  # nats; runs of a sweep differ by less
 
@@ -214,11 +211,20 @@ def find_warnings(
             f"warmup_steps: {recipe.warmup_steps:,} of {total_steps:,} steps are {warmup_share:.1%} of the run, usual "
             f"are 1-2 %; {f'lower it to {usual:,}, or ' if usual else ''}train longer"
         )
-    published = max((p for p in PUBLISHED_RATES if p[0] <= 1.05 * parameters), default=None)
+    tokens_per_step = recipe.effective_batch_size * recipe.block_size
+    if tokens_per_step >= LARGE_BATCH:
+        warnings.append(
+            f"effective_batch_size: {tokens_per_step:,} tokens a step; with 2 million 130 M parameters lost "
+            f"{LARGE_BATCH_COST:g} nats at 10 billion tokens against half a million (published, arXiv 2509.02046); "
+            "lower it where the machine allows"
+        )
+    rates = OPTIMIZERS[recipe.optimizer].published_rates
+    published = max((p for p in rates if p[0] <= 1.05 * parameters), default=None)
     if published is not None and recipe.learning_rate > published[1]:
         warnings.append(
-            f"learning_rate: {recipe.learning_rate:g} is above what is published for {parameters / 1e6:,.0f} M "
-            f"parameters ({published[2]}); try {published[1]:g} and below in a sweep first (recipes/sweeps/)"
+            f"learning_rate: {recipe.learning_rate:g} is above what is published for {recipe.optimizer} at "
+            f"{parameters / 1e6:,.0f} M parameters ({published[2]}); try {published[1]:g} and below in a sweep first "
+            "(recipes/sweeps/)"
         )
     if data.validation_blocks:
         tokens = data.validation_blocks * (recipe.block_size - 1)

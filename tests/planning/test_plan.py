@@ -313,7 +313,7 @@ def test_every_recipe_that_ships_is_planned_and_warns_only_of_what_its_head_says
     p = plan(recipe, Data(None, recipe.validation_documents, None, 1_100), device_name="NVIDIA H100 80GB HBM3")
     expected = {
         "owt_512": ["learning_rate"],
-        "owt_2048": ["warmup_steps", "learning_rate"],
+        "owt_2048": ["warmup_steps", "effective_batch_size", "learning_rate"],
         "owt_xl": ["save_steps"],  # on one H100
         "quickstart": ["eval_steps"],
         **{f"owt_penalty_{name}": ["learning_rate"] for name in ("neg_entropy", "neg_max_prob", "non_max_sum")},
@@ -336,6 +336,8 @@ def test_a_preset_differs_from_owt_512_in_what_its_name_says(path):
         "owt_medium": size | {"n_layer", "n_head", "n_embd"},
         "owt_large": size | {"n_layer", "n_head", "n_embd"},
         "owt_xl": size | {"n_layer", "n_head", "n_embd", "effective_batch_size"},
+        "owt_muon_512": {"optimizer", "learning_rate", "min_lr_ratio"},
+        "owt_adamw_tuned_512": {"learning_rate", "lr_schedule", "min_lr_ratio", "adam_beta2"},
     }.get(path.stem, {"penalty_type", "penalty_weight"})
     preset, base = load_recipe(["--recipe", str(path)]).to_dict(), owt().to_dict()
     differing = {key for key in base if preset[key] != base[key]} - {"run_name", "output_dir"}

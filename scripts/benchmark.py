@@ -4,6 +4,7 @@
     python scripts/benchmark.py head --recipe recipes/owt_512.yaml     linear head and loss alone
     python scripts/benchmark.py save --recipe recipes/owt_512.yaml     what a checkpoint costs the training
     python scripts/benchmark.py data --recipe recipes/owt_512.yaml     from text to a store (benchmark_data.py)
+    python scripts/benchmark.py gpu --recipe recipes/owt_512.yaml      where a GPU's time goes (benchmark_gpu.py)
 
 Random blocks: neither data nor tokenizer is needed. The paths take turns, round after round, and the product of two
 2048 x 2048 matrices is timed between them, since where a machine's speed drifts only the ratios within one run mean
@@ -68,7 +69,13 @@ class Case:
 
 
 def main(argv: list[str]) -> None:
-    commands = {"step": benchmark_step, "head": benchmark_head, "save": benchmark_save, "data": benchmark_preparation}
+    commands = {
+        "step": benchmark_step,
+        "head": benchmark_head,
+        "save": benchmark_save,
+        "data": benchmark_preparation,
+        "gpu": benchmark_on_gpu,
+    }
     command, rest = (argv[0], argv[1:]) if argv and argv[0] in commands else ("step", argv)
     commands[command](rest)
 
@@ -78,6 +85,13 @@ def benchmark_preparation(argv: list[str]) -> None:
     import benchmark_data
 
     benchmark_data.main(argv)
+
+
+def benchmark_on_gpu(argv: list[str]) -> None:
+    """Steps by micro-batch, and what their time goes into (benchmark_gpu.py)."""
+    import benchmark_gpu
+
+    benchmark_gpu.main(argv)
 
 
 def create_parser(command: str) -> argparse.ArgumentParser:

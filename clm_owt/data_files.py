@@ -7,6 +7,7 @@ from pathlib import Path
 ENDINGS = {
     "text": (".txt",),
     "json": (".json", ".jsonl", ".ndjson"),
+    "csv": (".csv", ".tsv"),
     "parquet": (".parquet",),
 }
 COMPRESSED = ("", ".gz", ".bz2", ".xz", ".zst", ".lz4")

@@ -15,8 +15,9 @@ from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.schedule import SCHEDULES, Schedule
 
 PENALTY_TYPES = ("non_max_sum", "neg_max_prob", "neg_entropy", "top_k_mass")
-FILE_FORMATS = ("text", "json", "parquet")
+FILE_FORMATS = ("text", "json", "csv", "parquet")
 PYTHON_DOCS = "python-docs"
+TEXT_DOCUMENTS = ("paragraph", "file")
 TRACKERS = ("wandb", "tensorboard", "trackio")
 
 # The prompts that samples continue unless a recipe names others.
@@ -77,12 +78,13 @@ class Recipe:
     """The resolved settings of one run; see the `help` of each key, or `python run_clm_owt.py --help`."""
 
     # data
-    dataset_name: str = result_key("Hub id, or text, json, parquet (with data_files), or python-docs (built in)")
+    dataset_name: str = result_key("Hub id, or text, json, csv, parquet (with data_files), or python-docs")
     dataset_config_name: str | None = result_key("the dataset's configuration on the Hub", None)
     dataset_revision: str | None = result_key("branch, tag or commit of the dataset on the Hub", None)
     dataset_split: str = result_key("the dataset's split that is read", "train")
     data_files: tuple[str, ...] | None = result_key("paths, folders, globs or URLs", None)
     text_column: str = result_key("the column that holds the text", "text")
+    text_documents: str = result_key("a document of text files", "paragraph", one_of(*TEXT_DOCUMENTS))
     validation_documents: int = result_key("documents at the head of the stream held out", 1000, at_least(1))
     expected_train_blocks: int | None = result_key("known size of a dataset still being read", None, at_least(1))
     data_cache_dir: str = key("where token stores and trained tokenizers are kept", "~/.cache/clm_owt")

@@ -263,6 +263,8 @@ def data_problems(get: Get) -> list[str]:
         problems.append(
             f"text_column: {column!r} means nothing for dataset_name {dataset}, which has no columns; remove it"
         )
+    if get("text_documents") == "file" and dataset != "text":
+        problems.append(f"text_documents: 'file' is for dataset_name text, not for {dataset}; remove it")
     return problems
 
 

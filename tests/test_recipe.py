@@ -131,6 +131,8 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ({"train_tokenizer_vocab_size": "256"}, "expected at least 257"),
         ({"dataset_name": "text", "data_files": "/nowhere/*.txt"}, "'/nowhere/*.txt' matches no file here"),
         ({"dataset_name": "my folder"}, "not a Hub id"),
+        ({"text_documents": "line"}, "expected one of paragraph, file"),
+        ({"text_documents": "file"}, "is for dataset_name text, not for python-docs; remove it"),
         ({"text_column": "body"}, "means nothing for dataset_name python-docs, which has no columns; remove it"),
         ({"dataset_name": "text", "data_files": "README.md", "text_column": "body"}, "has no columns; remove it"),
         ({"dataset_revision": "main"}, "cannot be used with the built-in python-docs"),

@@ -7,14 +7,16 @@ remote code is ever run.
 import contextlib
 import functools
 import glob
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import pyarrow as pa
 
+from clm_owt.data.plain_files import read_csv, read_whole_files
 from clm_owt.data.python_docs import python_docs
 from clm_owt.data.retries import READ_PAUSES, pause_or_raise, with_retries
 from clm_owt.data.sources import Source, local_path
@@ -48,9 +50,9 @@ def read_documents(
     """Pairs of (the position before a batch, its texts), from `start` to the end of the source, or to the end of the
     file before `end_file`. No text is invalid UTF-8; some may be empty, and one that is null is given as empty.
 
-    Documents come in the order of the files and, in them, of the rows. A plain text file's documents are its
-    paragraphs, separated by blank lines, as `datasets` gives them with `sample_by="paragraph"`. Where a connection
-    fails, the file is opened again at the last batch, after READ_PAUSES. Raises `InputError`.
+    Documents come in the order of the files and, in them, of the rows. The rows of a text file are its paragraphs,
+    separated by blank lines, as `datasets` gives them with `sample_by="paragraph"`, or the whole file. Where a
+    connection fails, the file is opened again at the last batch, after READ_PAUSES. Raises `InputError`.
     """
     corpus = open_corpus(source)
     for file in range(start.file, len(corpus.files) if end_file is None else end_file):
@@ -76,14 +78,50 @@ def count_files(source: Source) -> int:
     return len(open_corpus(source).files)
 
 
+class Corpus(Protocol):
+    """What `read_documents` reads: files that can be read independently of each other, rows as Arrow tables."""
+
+    files: list[str]  # paths, URLs or other names
+
+    def batches(self, start: Position, rows: int) -> Iterator[tuple[pa.Table, Position]]:
+        """The batches of one file from `start` on, `rows` each, with the position after each of them."""
+
+
 @functools.lru_cache(maxsize=1)
-def open_corpus(source: Source) -> "Corpus":
-    return with_retries(lambda: Corpus(source))
+def open_corpus(source: Source) -> Corpus:
+    plain = source.dataset_name == "csv" or source.text_documents == "file"
+    return PlainCorpus(source) if plain else with_retries(lambda: DatasetsCorpus(source))
 
 
-class Corpus:
-    """A source as `datasets` reads it: one streaming dataset for each of `files` (paths or URLs), rows as Arrow
-    tables."""
+class PlainCorpus:
+    """Files that `plain_files` reads. Resuming within one reads and discards the rows before."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.files = [file for file, _ in source.files]
+
+    def batches(self, start: Position, rows: int) -> Iterator[tuple[pa.Table, Position]]:
+        name, column, row = self.files[start.file], self.source.text_column, start.row
+        with input_errors(name):
+            if self.source.dataset_name == "csv":
+                texts = read_csv(local_path(name), name, column)
+            else:
+                texts = read_whole_files(local_path(name), name)
+            texts = itertools.islice(texts, start.row, None)
+        while True:
+            with input_errors(name):
+                batch = list(itertools.islice(texts, rows))
+            if not batch:
+                return
+            row += len(batch)
+            yield (
+                pa.table({column: pa.array(batch, pa.large_binary()).view(pa.large_string())}),
+                Position(start.file, row),
+            )
+
+
+class DatasetsCorpus:
+    """A source as `datasets` reads it: one streaming dataset for each file."""
 
     def __init__(self, source: Source):
         import datasets
@@ -139,7 +177,6 @@ class Corpus:
             raise missing_column(name, column, columns)
 
     def batches(self, start: Position, rows: int) -> Iterator[tuple[pa.Table, Position]]:
-        """The batches of one file from `start` on, `rows` each, with the position after each of them."""
         name = self.files[start.file]
         with input_errors(name):
             dataset = self.open_file(start.file)

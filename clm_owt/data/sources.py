@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
@@ -37,15 +37,23 @@ class Source:
     files: tuple[tuple[str, str], ...] = ()
     packages: tuple[tuple[str, str], ...] = ()
     text_column: str = "text"
+    text_documents: str = "paragraph"
 
     def identity(self) -> dict:
         """What the content depends on: the digests of files but not their paths, the commit but not its name."""
-        identity = asdict(self) | {"files": [digest for _, digest in self.files]}
+        identity = self.to_dict() | {"files": [digest for _, digest in self.files]}
         del identity["revision"]
         return identity
 
+    def to_dict(self) -> dict:
+        """All fields, but those that later versions added only where they are set: else the names and the manifests of
+        stores that earlier ones wrote would change."""
+        added = ("text_documents",)
+        defaults = {field.name: field.default for field in fields(self)}
+        return {name: v for name, v in asdict(self).items() if name not in added or v != defaults[name]}
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> "Source":
@@ -72,7 +80,12 @@ def resolve_source(recipe: Recipe) -> Source:
     if name in FILE_FORMATS:
         paths = expand_files(recipe.data_files or (), name)
         digests = [with_retries(lambda path=path: file_digest(path, recipe)) for path in paths]
-        return Source(name, files=tuple(zip(paths, digests, strict=True)), text_column=recipe.text_column)
+        return Source(
+            name,
+            files=tuple(zip(paths, digests, strict=True)),
+            text_column=recipe.text_column,
+            text_documents=recipe.text_documents,
+        )
     return Source(
         name,
         config_name=recipe.dataset_config_name,

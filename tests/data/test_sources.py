@@ -52,6 +52,30 @@ def test_a_text_files_documents_are_its_paragraphs(tmp_path):
     assert texts_of(files_source(tmp_path, "text", file)) == ["one", "two\nlines", "three é\n"]
 
 
+def test_a_text_file_is_one_document_where_the_recipe_says_so(tmp_path):
+    files = [written(tmp_path / name, b"one\r\n\r\ntwo\n") for name in ("a.txt", "b.txt.gz")]
+    source = files_source(tmp_path, "text", *files, text_documents="file")
+    assert texts_of(source) == ["one\n\ntwo\n"] * 2
+    assert source.identity() != files_source(tmp_path, "text", *files).identity()
+
+
+CSV = b'id,text\r\n1,"a, ""b""\nc"\r\n\r\n2,NA\r\n3,\r\n4,5\r\n'
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+@pytest.mark.parametrize("content", [CSV, b"\xef\xbb\xbf" + CSV, CSV.replace(b"\r\n", b"\n")])
+def test_csv_gives_the_texts_as_they_stand_there(tmp_path, name, content):
+    """Neither NA nor a number is anything but text, and a line break in quotes ends no row."""
+    file = written(tmp_path / name, content)
+    assert texts_of(files_source(tmp_path, "csv", file)) == ['a, "b"\nc', "NA", "", "5"]
+
+
+@pytest.mark.parametrize("separator", [b";", b"\t"])
+def test_csv_may_be_separated_by_semicolons_or_tabs(tmp_path, separator):
+    content = b'"n,m";text\n1;"a,b"\n2;c\n'.replace(b";", separator)
+    assert texts_of(files_source(tmp_path, "csv", written(tmp_path / "a.csv", content))) == ["a,b", "c"]
+
+
 def test_parquet_of_any_text_type_is_read_by_its_text_column(tmp_path):
     for kind in (pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
         table = pa.table({"number": range(100), "page": pa.array(TEXTS, pa.string()).cast(kind)})
@@ -65,11 +89,12 @@ def test_files_come_in_the_order_of_the_patterns_and_sorted_within_one(tmp_path)
     assert texts_of(files_source(tmp_path, "json", tmp_path / "c.jsonl", tmp_path / "*.jsonl")) == ["c", "a", "b"]
 
 
-@pytest.mark.parametrize("kind", ["json", "text", "parquet"])
+@pytest.mark.parametrize("kind", ["json", "text", "csv", "parquet"])
 @pytest.mark.parametrize("rows_per_batch", [7, 25])
 def test_reading_goes_on_from_any_batch(tmp_path, kind, rows_per_batch):
     """Twice in a row too: the position that a continued reading gives is as good as the first one's."""
     contents = {"json": JSON_LINES, "text": "\n\n".join(TEXTS).encode(), "parquet": pa.table({"text": TEXTS})}
+    contents["csv"] = "\n".join(["text", *TEXTS]).encode()
     source = files_source(tmp_path, kind, *(written(tmp_path / f"{i}.{kind}", contents[kind]) for i in range(2)))
     batches = list(read_documents(source, rows_per_batch=rows_per_batch))
     assert sum(len(texts) for _, texts in batches) == 200
@@ -112,6 +137,25 @@ BAD_DATA = {
     "cut JSON": ("a.jsonl", JSON_LINES[:-10], "cannot be read .*JSON parse error.* in row 99"),
     "zero-length JSON": ("a.jsonl", b"", "holds no rows"),
     "truncated gz": ("a.jsonl.gz", None, "cannot be read .EOFError"),
+    "CSV column": ("a.csv", b"id,body\n1,a\n", "no column 'text'; its first line names 'id', 'body' .set text_column"),
+    "CSV without a first line": (
+        "a.csv",
+        b"some text, and " * 99,
+        "no column 'text'; its first line names 'some text'",
+    ),
+    "zero-length CSV": ("a.csv", b"", "no column 'text'; its first line names none"),
+    "CSV, too many values": ("a.csv", b"id,text\n0,a b\n1,a, b\n", r"row 1 \(line 3\): 3 of 2 values; .* in quotes"),
+    "CSV, too few values": ("a.csv", b"id,text\n0,a b\n1,a\nb\n", r"row 2 \(line 4\): 1 of 2 values; .* in quotes"),
+    "CSV, open quotes": ("a.csv", b'text\n"a b\nc d\n', r"row 0 \(line 3\): unexpected end of data; quotes"),
+    "CSV, quotes amid quotes": ("a.csv", b'text\n"a "b" c"\n', r"row 0 \(line 2\): ',' expected after '\"'; quotes"),
+    "CSV not UTF-8": (
+        "a.csv",
+        b"id,text\n0,a b c d e f\n1,a\xff\n",
+        r"row 1, column 'text': not UTF-8 \(byte 1 is 0xff",
+    ),
+    "CSV in UTF-16": ("a.csv", "id,text\n1,a\n".encode("utf-16"), "no column 'text'; its first line names '"),
+    "truncated CSV gz": ("a.csv.gz", gzip.compress(CSV)[:-12], "cannot be read .EOFError"),
+    "file not UTF-8": ("a.book", b"one\n\ntwo \xe9\n", r"line 3: not UTF-8 \(byte 0xe9"),
     "text not UTF-8": ("a.txt", b"one\n\ntwo \xe9\n", "not UTF-8 text .byte 0xe9"),
     "zero-length Parquet": ("a.parquet", b"", "cannot be read .*0 bytes"),
     "truncated Parquet": ("a.parquet", truncated(PARQUET.getvalue().to_pybytes()), "cannot be read .*corrupted"),
@@ -142,12 +186,15 @@ def test_bad_data_is_an_error_that_names_file_row_and_value_and_nothing_is_writt
     file = tmp_path / name
     if case == "truncated gz":
         file.write_bytes(truncated(gzip.compress(JSON_LINES)))
+    elif case == "truncated CSV gz":
+        file.write_bytes(content)
     else:
         written(file, content)
-    kind = {".txt": "text", ".parquet": "parquet"}.get(file.suffix, "json")
+    kind = {"txt": "text", "book": "text", "csv": "csv", "parquet": "parquet"}.get(name.split(".")[1], "json")
     bad = recipe(
         tmp_path,
         dataset_name=kind,
+        text_documents="file" if file.suffix == ".book" else "paragraph",
         data_files=(str(file),),
         tokenizer_name=str(gpt2_tokenizer_folder),
         validation_documents=1,

@@ -88,6 +88,9 @@ def data_sets(draw: random.Random, count: int) -> Iterator[tuple[str, list[str],
     def text_file(what: str, content: bytes, *more: str):
         return what, ["--dataset_name", "text", "--data_files", "{data}/x.txt", *more], file("x.txt", content)
 
+    def csv_file(what: str, content: bytes):
+        return what, ["--dataset_name", "csv", "--data_files", "{data}/x.csv"], file("x.csv", content)
+
     def parquet(what: str, write: Callable[[Path], None], *more: str):
         return what, ["--dataset_name", "parquet", "--data_files", "{data}/x.parquet", *more], write
 
@@ -133,6 +136,11 @@ def data_sets(draw: random.Random, count: int) -> Iterator[tuple[str, list[str],
         json_lines("Parquet named JSON", b"PAR1" + bytes(200)),
         ("no file", ["--data_files", "{data}/y*.jsonl"], file("x.jsonl", good)),
         ("a folder for a file", ["--data_files", "{data}/x"], lambda folder: (folder / "x").mkdir()),
+        csv_file("a CSV row with too many values", b"id,text\n" + b"1,word\n" * 20 + b"2,a, b\n"),
+        csv_file("a CSV row with open quotes", b"id,text\n" + b"1,word\n" * 20 + b'2,"a\n'),
+        csv_file("CSV without the column", b"id,body\n" + b"1,word\n" * 20),
+        csv_file("CSV that is not UTF-8", b"id,text\n" + b"1,word\n" * 20 + b"2,\xe9\n"),
+        text_file("a file that is not UTF-8", b"one\n\ntwo \xe9\n", "--text_documents", "file"),
         text_file("an empty text", b""),
         text_file("a text of blank lines", b"\n\n\n \n"),
         text_file("a text that is not UTF-8", b"\xff\xfe\x00" * 400),

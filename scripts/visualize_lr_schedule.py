@@ -1,4 +1,4 @@
-"""Draw learning rate schedules, in the terminal and as a PNG.
+"""Draw learning rate schedules in the terminal and, with --output, as a picture.
 
 python scripts/visualize_lr_schedule.py --warmup_steps 2000 --total_steps 1760 --max_lr 0.003
 python scripts/visualize_lr_schedule.py --recipe recipes/owt_512.yaml recipes/owt_2048.yaml --output schedules.png
@@ -12,9 +12,11 @@ from pathlib import Path
 from clm_owt.errors import InputError, exit_with
 from clm_owt.files import replacing
 from clm_owt.recipe_reader import load_recipe
+from clm_owt.reports.panels import COLORS
 from clm_owt.schedule import SCHEDULES, Schedule
 
 WIDTH, HEIGHT = 72, 12
+SIMILAR_LENGTHS = 4  # schedules whose lengths differ by more than this factor have no axis of steps in common
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,21 @@ class Curve(Schedule):
     def last_rate(self) -> float:
         """The rate at the end of the run: the floor, or one of the warm-up that did not end."""
         return self.rate(self.total_steps)
+
+    @property
+    def highest_rate(self) -> float:
+        """The peak, or the last rate of a warm-up that does not end."""
+        return self.peak if self.warmup_ends else self.last_rate
+
+    @property
+    def legend(self) -> str:
+        """Its name and its numbers, in one line."""
+        end = f"{self.last_rate:.3g} after {self.total_steps:,} steps"
+        return (
+            f"{self.name}: {self.peak:g} at step {self.warmup_steps:,}, {end}"
+            if self.warmup_ends
+            else f"{self.name}: {end}"
+        )
 
     def summary(self) -> list[str]:
         """Peak, warm-up and floor in words, one or two lines."""
@@ -64,37 +81,37 @@ class Curve(Schedule):
         return [*lines, f"{'':>9} 0{end:>{WIDTH - 1}}"]
 
 
-def draw(schedules: list[Curve], file: Path) -> None:
-    """Draw all schedules to a picture; dots mark where a warm-up ends and where a rate stops."""
-    import matplotlib
+def draw(schedules: list[Curve]):
+    """All schedules as a matplotlib Figure; dots mark where a warm-up ends and where a rate stops. Those of very
+    different lengths are drawn over the share of the run."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for schedule in schedules:
-        steps = sorted({schedule.total_steps * i // 500 for i in range(501)} | {schedule.warmup_steps})
-        steps = [step for step in steps if step <= schedule.total_steps]
-        (line,) = axes.plot(steps, [schedule.rate(step) for step in steps], label=schedule.name)
-        marks = [(schedule.total_steps, schedule.last_rate, f"{schedule.last_rate:.3g}")]
-        if schedule.warmup_ends:
-            marks.append(
-                (schedule.warmup_steps, schedule.peak, f"{schedule.peak:g} at step {schedule.warmup_steps:,}")
-            )
-        for step, rate, text in marks:
-            axes.plot(step, rate, "o", color=line.get_color())
-            axes.annotate(text, (step, rate), xytext=(4, 6), textcoords="offset points")
-    axes.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    axes.margins(x=0.12, y=0.12)
+    lengths = [schedule.total_steps for schedule in schedules]
+    by_share = max(lengths) > SIMILAR_LENGTHS * min(lengths)
+    figure = Figure(figsize=(7, 3.8 + 0.2 * len(schedules)), layout="constrained")
+    axes = figure.subplots()
+    for color, schedule in zip(COLORS * len(schedules), schedules, strict=False):
+        unit = schedule.total_steps if by_share else 1
+        steps = {schedule.total_steps * i // 500 for i in range(501)} | {schedule.warmup_steps}
+        steps = [step for step in sorted(steps) if step <= schedule.total_steps]
+        rates = [schedule.rate(step) for step in steps]
+        axes.plot([step / unit for step in steps], rates, color=color, label=schedule.legend)
+        marks = [schedule.total_steps, *([schedule.warmup_steps] if schedule.warmup_ends else [])]
+        axes.plot([step / unit for step in marks], list(map(schedule.rate, marks)), "o", color=color, markersize=4)
+    axes.set(xlabel="share of the run" if by_share else "step")
+    axes.set_ylim(0, 1.06 * max(schedule.highest_rate for schedule in schedules))
+    axes.set_title("learning rate", loc="left", fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
+    axes.xaxis.set_major_formatter(PercentFormatter(1) if by_share else StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(alpha=0.3)
-    axes.legend()
-    with replacing(file) as aside:
-        figure.savefig(aside, dpi=120, format=file.suffix[1:] or "png")
-    plt.close(figure)
+    figure.legend(loc="outside lower left", fontsize=9, frameon=False)
+    return figure
 
 
-def read_arguments(argv: list[str]) -> tuple[list[Curve], Path]:
-    """The schedules to draw, and the file to draw them in. Raises InputError where something is missing."""
+def read_arguments(argv: list[str]) -> tuple[list[Curve], Path | None]:
+    """The schedules to draw, and the picture to draw them in. Raises InputError where something is missing."""
     parser = argparse.ArgumentParser(
         prog="scripts/visualize_lr_schedule.py",
         description=__doc__,
@@ -107,7 +124,7 @@ def read_arguments(argv: list[str]) -> tuple[list[Curve], Path]:
     parser.add_argument("--min_lr_ratio", type=float, default=0.1, help="floor as a share of the peak (default: 0.1)")
     parser.add_argument("--lr_schedule", choices=SCHEDULES, default="cosine", help="default: cosine")
     parser.add_argument("--decay_share", type=float, default=0.2, help="of wsd (default: 0.2)")
-    parser.add_argument("--output", type=Path, default=Path("lr_schedule.png"), help="default: lr_schedule.png")
+    parser.add_argument("--output", type=Path, help="a picture to draw them in; default: none")
     options = parser.parse_args(argv)
     schedules = [from_recipe(path) for path in options.recipe]
     numbers = {name: getattr(options, name) for name in ("max_lr", "warmup_steps", "total_steps")}
@@ -150,8 +167,10 @@ def main(argv: list[str]) -> None:
     schedules, output = read_arguments(argv)
     for schedule in schedules:
         print(*schedule.summary(), *schedule.terminal_curve(), "", sep="\n")
-    draw(schedules, output)
-    print(f"Drawn in {output}")
+    if output:
+        with replacing(output) as aside:
+            draw(schedules).savefig(aside, dpi=150, format=output.suffix[1:] or "png")
+        print(f"Drawn in {output}")
 
 
 if __name__ == "__main__":

@@ -241,7 +241,8 @@ EXPECTED = [
     (r".*--parts", "Derived, not measured"),
     (r".*benchmark.py (?!save)", "path .*ours"),
     (r".*plot_run.py", "Drawn: "),
-    (r".*visualize_lr_schedule.py", "Drawn in "),
+    (r".*visualize_lr_schedule.py", r"peak .* at step|never ends"),
+    (r".*visualize_lr_schedule.py .*--output", "Drawn in "),
 ]
 
 

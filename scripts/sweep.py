@@ -8,8 +8,9 @@ python scripts/sweep.py recipes/sweeps/lr_owt.yaml --max_steps 1000        furth
 A grid is run in order; `random` and `bayes` sample `run_cap` runs through Optuna. Each run has its own folder, as if
 started by hand: started again, the sweep keeps finished runs and continues unfinished ones. With `early_terminate` in
 the file, a sampled run whose validation loss is behind the median of the others at the same step is stopped (W&B's
-agents use Hyperband). The table at the end compares runs by validation cross-entropy, which means the same whatever
-the penalty is. `report_to` in the file is for W&B's agents and left out here.
+agents use Hyperband). The table at the end is sorted by validation cross-entropy, which means the same whatever the
+penalty is; its picture has error bars: give `seed` several values, and they are of the seeds. `report_to` in the file
+is for W&B's agents and left out here.
 """
 
 import argparse
@@ -19,8 +20,10 @@ import itertools
 import math
 import os
 import queue
+import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -34,14 +37,16 @@ from typing import Any
 import yaml
 
 from clm_owt.errors import InputError, RecipeError, exit_with
-from clm_owt.files import replacing, write_text
-from clm_owt.formatting import text_table
+from clm_owt.files import write_text
+from clm_owt.formatting import format_clock, format_duration, text_table
 from clm_owt.recipe import Recipe, show
 from clm_owt.recipe_reader import StrictLoader, load_recipe
-from clm_owt.reports.record import Row, read_metrics, read_plan, read_recipe, split_rows
+from clm_owt.reports.record import Row, RunRecord, read_metrics, read_plan, read_recipe, split_rows
+from clm_owt.reports.sweep_picture import save_sweep_picture
 
 METHODS = ("grid", "random", "bayes")
 POLL_SECONDS = 1.0
+ERROR_LINES = 3  # of a failed run's log
 MEASURES = ("step", "ce_loss", "perplexity", "max_prob", "entropy")
 
 
@@ -239,6 +244,16 @@ def execute(
     return None if ended and not interrupted.is_set() else process.returncode
 
 
+def error_in(text: str) -> str:
+    """What of the output of a failed run tells why: the program's own `error:` lines or, without any, the last line of
+    a traceback that is not the launcher's, or the last line of all."""
+    lines = [re.sub(r"^\[rank\d+\]: ", "", line) for line in text.splitlines() if line.strip()]
+    own = list(dict.fromkeys(line for line in lines if line.startswith("error: ")))
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
+    of_program = [line for line in raised if not re.match(r"subprocess\.CalledProcessError|torch\.distributed", line)]
+    return "\n".join(own[:ERROR_LINES] or of_program[-1:] or lines[-1:])
+
+
 class LocalSweep:
     """A sweep's runs on this machine. `gpus`: one run at a time on each; [None]: one at a time on all there is."""
 
@@ -251,6 +266,9 @@ class LocalSweep:
         for gpu in gpus:
             self.free.put(gpu)
         self.runs: list[SweptRun] = []
+        self.total = 0  # of the whole sweep
+        self.ended = 0
+        self.seconds: list[float] = []  # that runs took here, the launcher's included
 
     def carry_out(self, run: SweptRun, is_hopeless: Callable[[], bool] = lambda: False) -> None:
         """Run or continue `run` on the next free place, unless it has finished before."""
@@ -258,27 +276,42 @@ class LocalSweep:
         try:
             if self.interrupted.is_set():
                 return
+            name = f"[{self.runs.index(run) + 1}/{self.total}] {run.label}"
             run.read_folder()
             if run.status == "finished":
-                print(f"{run.label}: finished before, kept", flush=True)
+                self.ended += 1
+                print(f"{name}: finished before, kept{describe_loss(run)}", flush=True)
                 return
             log = self.folder / f"{run.recipe.run_name}.log"
-            print(f"{run.label}: running, output in {log}", flush=True)
-            command = run_command(self.sweep, run, gpu)
-            status = execute(command, log, gpu, self.interrupted, is_hopeless)
+            print(f"{name}: running, output in {log}{self.time_left()}", flush=True)
+            written_before, began = log.stat().st_size if log.exists() else 0, time.monotonic()
+            status = execute(run_command(self.sweep, run, gpu), log, gpu, self.interrupted, is_hopeless)
+            seconds = time.monotonic() - began
             run.read_folder()
             if status is None:
                 run.status = "stopped early"
             elif status != 0 or run.status != "finished":
                 run.status = "interrupted" if self.interrupted.is_set() else f"failed ({status})"
-            loss = f", validation {run.measures['ce_loss']:.4f}" if run.measures else ""
-            print(f"{run.label}: {run.status}{loss}", flush=True)
+            self.ended += 1
+            if run.status == "finished":
+                self.seconds.append(seconds)
+            print(f"{name}: {run.status}{describe_loss(run)}, {format_clock(seconds)}{self.time_left()}", flush=True)
+            if run.status.startswith("failed"):
+                error = error_in(log.read_bytes()[written_before:].decode(errors="replace"))
+                print(*(f"    {line}" for line in error.splitlines()), sep="\n", flush=True)
         finally:
             self.free.put(gpu)
+
+    def time_left(self) -> str:
+        """How long the runs that are left will take, if each takes as long as those that have finished."""
+        known = self.seconds or [run.seconds for run in self.runs if run.status == "finished"]
+        left = math.ceil((self.total - self.ended) / len(self.places))
+        return f"; about {format_duration(left * statistics.fmean(known))} left" if known and left else ""
 
     def run_grid(self) -> None:
         """Every combination of the searched values."""
         self.runs = plan_grid(self.sweep, self.extra)
+        self.total = len(self.runs)
         with ThreadPoolExecutor(len(self.places)) as pool:
             list(pool.map(self.carry_out, self.runs))
 
@@ -293,6 +326,7 @@ class LocalSweep:
                 run.status = trial.user_attrs["status"]
                 run.read_folder()
                 self.runs.append(run)
+        self.total, self.ended = max(self.sweep.run_cap, len(study.trials)), len(self.runs)
         tries = waiting + [None] * (self.sweep.run_cap - len(study.trials))
         with ThreadPoolExecutor(len(self.places)) as pool:
             list(pool.map(lambda trial: self.carry_out_trial(study, trial), tries))
@@ -377,6 +411,16 @@ def open_study(sweep: Sweep, folder: Path):
     return study
 
 
+def describe_loss(run: SweptRun) -> str:
+    return f", validation {run.measures['ce_loss']:.4f}" if run.measures else ""
+
+
+def by_loss(run: SweptRun) -> tuple[bool, float]:
+    """Sorts finished runs by their loss, those without one last among them, and behind them all others."""
+    loss = run.measures.get("ce_loss", math.inf)
+    return run.status != "finished", loss if math.isfinite(loss) else math.inf
+
+
 def table_row(sweep: Sweep, run: SweptRun) -> list[str]:
     """The searched values, MEASURES, minutes and status of a run."""
     options = [show(run.options[name]) for name in sweep.searched]
@@ -387,7 +431,8 @@ def table_row(sweep: Sweep, run: SweptRun) -> list[str]:
 
 
 def report(sweep: Sweep, runs: list[SweptRun], folder: Path) -> None:
-    """Print the table; write it as text, CSV and picture, and the best run's recipe."""
+    """Print the table, the best run first; write it as text, CSV and picture, and the best run's recipe."""
+    runs = sorted(runs, key=by_loss)
     header = [*sweep.searched, *MEASURES, "minutes", "status"]
     rows = [table_row(sweep, run) for run in runs]
     table = text_table(header, rows)
@@ -395,10 +440,10 @@ def report(sweep: Sweep, runs: list[SweptRun], folder: Path) -> None:
     write_text(folder / "table.txt", table + "\n")
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
-    finished = [run for run in runs if run.status == "finished" and run.measures]
+    finished = [run for run in runs if by_loss(run) < (False, math.inf)]
     if not finished:
         return
-    best = min(finished, key=lambda run: run.measures["ce_loss"])
+    best = finished[0]
     settings = read_recipe(best.folder)
     settings = {name: value for name, value in settings.items() if name not in ("run_name", "output_dir")}
     chosen = ", ".join(f"{name}: {show(value)}" for name, value in best.options.items())
@@ -407,35 +452,12 @@ def report(sweep: Sweep, runs: list[SweptRun], folder: Path) -> None:
         f"# The best of the sweep {sweep.name}: {chosen}; validation cross-entropy {best.measures['ce_loss']:.4f}\n"
         + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
     )
-    draw(sweep, finished, folder / "table.png")
+    title = f"{sweep.name}: validation at the end of {len(finished)} runs"
+    if len(finished) < len(runs):
+        title += f"; {len(runs) - len(finished)} did not finish"
+    points = [(run.options, RunRecord.read(run.folder)) for run in finished]
+    save_sweep_picture(title, points, folder / "table.png")
     print(f"\nBest: {chosen}; its recipe in {folder / 'best.yaml'}, the table in {folder}/table.{{txt,csv,png}}")
-
-
-def draw(sweep: Sweep, runs: list[SweptRun], file: Path) -> None:
-    """Validation cross-entropy, max-probability and entropy of the finished runs against each searched parameter."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    measures = {"ce_loss": "cross-entropy (nats)", "max_prob": "mean max-probability", "entropy": "entropy (nats)"}
-    names = list(sweep.searched)
-    figure, axes = plt.subplots(
-        len(names), len(measures), figsize=(4 * len(measures), 3.2 * len(names)), squeeze=False, layout="constrained"
-    )
-    for name, row in zip(names, axes, strict=True):
-        values = [run.options[name] for run in runs]
-        numeric = all(isinstance(value, (int, float)) for value in values)
-        order = sorted(range(len(runs)), key=lambda i: values[i]) if numeric else range(len(runs))
-        for axis, (measure, label) in zip(row, measures.items(), strict=True):
-            x = [values[i] if numeric else show(values[i]) for i in order]
-            axis.plot(x, [runs[i].measures[measure] for i in order], "o-" if len(names) == 1 and numeric else "o")
-            axis.set(xlabel=name, ylabel=label)
-            axis.grid(alpha=0.3)
-    figure.suptitle(f"{sweep.name}: validation")
-    with replacing(file) as aside:
-        figure.savefig(aside, dpi=120, format="png")
-    plt.close(figure)
 
 
 def main(argv: list[str]) -> int:
@@ -471,7 +493,7 @@ def main(argv: list[str]) -> int:
         return 128 + signal.SIGINT
     failed = [run for run in local.runs if run.status.startswith("failed")]
     for run in failed:
-        print(f"failed: see {folder / run.recipe.run_name}.log", file=sys.stderr)
+        print(f"failed: {run.label}: see {folder / run.recipe.run_name}.log", file=sys.stderr)
     return 1 if failed else 0
 
 

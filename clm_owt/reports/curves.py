@@ -12,6 +12,7 @@ from clm_owt.reports.panels import (
     MARK_COLORS,
     REFERENCE_POINTS,
     REFERENCE_POINTS_NAME,
+    ROUND_STEPS,
     Diagram,
     Note,
     diagrams,
@@ -29,7 +30,6 @@ WIDTH, PANEL_HEIGHT = 9.0, 2.9  # inches; small, so that its letters are large w
 LEGEND_LINE = 0.2
 FONT_SIZE = 9
 
-ROUND_STEPS = (1, 2, 2.5, 5, 10)  # between the ticks of a linear one
 
 LINE_STYLES = (":", "-.")  # of levels to compare with
 

@@ -22,6 +22,7 @@ SMOOTHED_POINTS = 100  # a curve of more points than this is drawn with its runn
 LABELLED_CURVES = 12  # more numbers than this do not fit beside a panel
 LABEL_HEIGHT, LABEL_WIDTH = 0.065, 0.15  # of a panel
 ENOUGH_TICKS = 8  # on a logarithmic axis
+ROUND_STEPS = (1, 2, 2.5, 5, 10)  # between the ticks of a linear one
 NAMED_DIFFERENCES = 3  # runs that differ in more settings than this are named by their folders
 
 # Where an axis ends: a value beyond so many times its run's median, or the median run's, is marked at the frame.

@@ -2,6 +2,7 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ metrics = folder / "metrics.jsonl"
 done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
 print("starts at", done, flush=True)
 if weight == 0.05:
+    print("error: a weight of 0.05 is too much\\nTraceback (most recent call last):\\nSystemExit: 1")
     sys.exit(1)
 for step in range(done + 1, 11):
     row = {{"step": step, "split": "validation", "ce_loss": (weight - 0.02) ** 2 + 1 / step, "perplexity": 2.0,
@@ -78,6 +80,10 @@ def read_table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def statuses(folder: Path) -> dict[str, str]:
+    return {row["penalty_weight"]: row["status"] for row in read_table(folder)}
+
+
 def wandb_schema() -> dict[str, object]:
     """W&B's own, from its package `sweeps` (which is not imported: it needs another numpy)."""
     folder = Path(importlib.util.find_spec("sweeps").submodule_search_locations[0])
@@ -113,13 +119,21 @@ def test_a_grid_keeps_finished_runs_continues_killed_ones_and_survives_failures(
     write_sweep(workplace, {"values": [0, 0.01, 0.02, 0.05]})
     first = run(SCRIPT, "sweep.yaml", cwd=workplace)
     assert first.returncode == 1
-    assert [row["status"] for row in read_table(workplace)] == ["finished", "failed (-9)", "finished", "failed (1)"]
+    assert statuses(workplace) == {"0": "finished", "0.01": "failed (-9)", "0.02": "finished", "0.05": "failed (1)"}
+    lines = first.stdout.splitlines()
+    assert lines[0] == "[1/4] penalty_weight=0: running, output in runs/sweeps/sweep/base.log"
+    assert re.fullmatch(r"\[1/4\] penalty_weight=0: finished, validation 0\.1004, 0:\d\d; about \S+ s left", lines[1])
+    failed = next(
+        i for i, line in enumerate(lines) if re.match(r"\[4/4\] penalty_weight=0\.05: failed \(1\), 0:\d", line)
+    )
+    assert lines[failed + 1] == "    error: a weight of 0.05 is too much"
     second = run(SCRIPT, "sweep.yaml", cwd=workplace)
     assert second.returncode == 1  # one still fails
-    assert "penalty_weight=0: finished before, kept" in second.stdout
+    assert "[1/4] penalty_weight=0: finished before, kept, validation 0.1004\n" in second.stdout
     rows = read_table(workplace)
+    assert [row["penalty_weight"] for row in rows] == ["0.02", "0.01", "0", "0.05"]  # the best is the first
     assert [row["status"] for row in rows] == ["finished", "finished", "finished", "failed (1)"]
-    assert [row["ce_loss"] for row in rows] == ["0.1004", "0.1001", "0.1000", ""]
+    assert [row["ce_loss"] for row in rows] == ["0.1000", "0.1001", "0.1004", ""]
     assert [row["minutes"] for row in rows] == ["1.5", "1.5", "1.5", ""]
     log = (workplace / "runs/sweeps/sweep/base,penalty_weight=0.01.log").read_text()
     assert "starts at 0" in log and "starts at 4" in log
@@ -171,7 +185,10 @@ def test_a_search_runs_as_many_as_its_cap_and_remembers_them(workplace):
     assert len({row["penalty_weight"] for row in first}) == 3
     again = run(SCRIPT, "sweep.yaml", "--run_cap", "5", cwd=workplace)
     assert again.returncode == 0 and again.stdout.count("running, output") == 2
-    assert read_table(workplace)[:3] == first and len(read_table(workplace)) == 5
+    assert len(read_table(workplace)) == 5 and all(row in read_table(workplace) for row in first)
+    assert "[4/5] penalty_weight=" in again.stdout and "[5/5] penalty_weight=" in again.stdout
+    losses = [float(row["ce_loss"]) for row in read_table(workplace)]
+    assert losses == sorted(losses)
     best = min(float(row["ce_loss"]) for row in read_table(workplace))
     assert f"validation cross-entropy {best:.4f}" in (workplace / "runs/sweeps/sweep/best.yaml").read_text()
 
@@ -202,6 +219,33 @@ def test_a_search_stops_runs_that_are_behind_the_median(workplace):
     assert result.returncode == 0, result.stderr
     rows = read_table(workplace)
     assert rows[2]["status"] == "stopped early" and 2 <= int(rows[2]["step"]) < 10
+
+
+LAUNCHERS = """\
+Traceback (most recent call last):
+  File "accelerate", line 8, in <module>
+subprocess.CalledProcessError: Command '['python', 'run_clm_owt.py']' returned non-zero exit status 1.
+"""
+
+
+@pytest.mark.parametrize(
+    ("output", "error"),
+    [
+        (
+            "step 1\nerror: learning_rate: too low\nerror: seed: -1\n" + LAUNCHERS,
+            "error: learning_rate: too low\nerror: seed: -1",
+        ),
+        (
+            "step 1\nTraceback (most recent call last):\n  File\n[rank0]: KeyError: 'text'\n" + LAUNCHERS,
+            "KeyError: 'text'",
+        ),
+        ("step 1\n" + LAUNCHERS, LAUNCHERS.splitlines()[-1]),
+        ("step 1\nstep 2\n\n", "step 2"),
+        ("", ""),
+    ],
+)
+def test_the_error_of_a_failed_run_is_found_in_its_output(output, error):
+    assert sweep.error_in(output) == error
 
 
 @pytest.mark.parametrize(
@@ -268,25 +312,21 @@ def test_a_sweep_of_real_runs_ends_with_the_right_table_though_one_fails_and_one
     [training] = psutil.Process(process.pid).children()
     os.killpg(training.pid, signal.SIGKILL)
     assert process.wait(timeout=300) == 1
-    statuses = [row["status"] for row in read_table(tmp_path)]
-    assert statuses == ["finished", "failed (-9)", "failed (1)", "finished"]
+    by_rate = {row["learning_rate"]: row["status"] for row in read_table(tmp_path)}
+    assert by_rate == {"0.001": "finished", "0.003": "failed (-9)", "1e+30": "failed (1)", "0.006": "finished"}
 
     again = run(SCRIPT, "sweep.yaml", cwd=tmp_path)
     assert again.stdout.count("finished before, kept") == 2
     log = (tmp_path / "runs/sweeps/sweep/tiny,max_steps=600.log").read_text()
     assert "Continuing after step" in log
     rows = read_table(tmp_path)
-    assert [row["status"] for row in rows] == ["finished", "finished", "failed (1)", "finished"]
-    folders = [
-        "tiny,learning_rate=0.001,max_steps=600",
-        "tiny,max_steps=600",
-        None,
-        "tiny,learning_rate=0.006,max_steps=600",
-    ]
-    for row, folder in zip(rows, folders, strict=True):
-        if folder:
-            last = json.loads((tmp_path / "runs" / folder / "metrics.jsonl").read_text().splitlines()[-1])
-            assert (last["split"], last["step"], row["step"]) == ("validation", 600, "600")
-            assert row["ce_loss"] == f"{last['ce_loss']:.4f}"
+    assert [row["status"] for row in rows] == ["finished", "finished", "finished", "failed (1)"]
+    folders = {"0.001": "tiny,learning_rate=0.001,max_steps=600", "0.003": "tiny,max_steps=600"}
+    folders["0.006"] = "tiny,learning_rate=0.006,max_steps=600"
+    for row in rows[:3]:
+        folder = tmp_path / "runs" / folders[row["learning_rate"]]
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert (last["split"], last["step"], row["step"]) == ("validation", 600, "600")
+        assert row["ce_loss"] == f"{last['ce_loss']:.4f}"
     finished = [float(row["ce_loss"]) for row in rows if row["status"] == "finished"]
     assert f"{min(finished):.4f}" in (tmp_path / "runs/sweeps/sweep/best.yaml").read_text().splitlines()[0]

@@ -432,9 +432,8 @@ def table_row(sweep: Sweep, run: SweptRun) -> list[str]:
 
 def report(sweep: Sweep, runs: list[SweptRun], folder: Path) -> None:
     """Print the table, the best run first; write it as text, CSV and picture, and the best run's recipe."""
-    runs = sorted(runs, key=by_loss)
     header = [*sweep.searched, *MEASURES, "minutes", "status"]
-    rows = [table_row(sweep, run) for run in runs]
+    rows = [table_row(sweep, run) for run in sorted(runs, key=by_loss)]
     table = text_table(header, rows)
     print("", table, sep="\n")
     write_text(folder / "table.txt", table + "\n")
@@ -443,7 +442,7 @@ def report(sweep: Sweep, runs: list[SweptRun], folder: Path) -> None:
     finished = [run for run in runs if by_loss(run) < (False, math.inf)]
     if not finished:
         return
-    best = finished[0]
+    best = min(finished, key=by_loss)
     settings = read_recipe(best.folder)
     settings = {name: value for name, value in settings.items() if name not in ("run_name", "output_dir")}
     chosen = ", ".join(f"{name}: {show(value)}" for name, value in best.options.items())

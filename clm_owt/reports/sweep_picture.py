@@ -130,7 +130,7 @@ def draw_measure(axes: "Axes", measure: str, name: str, lines: dict[str, list[Po
     numeric = is_numeric(points, name)
     places = {show(value): value if numeric else i for i, value in enumerate(dict.fromkeys(values))}
     means = [point.means[measure] for point in points]
-    ceiling = axis_end(means)
+    ceiling = axis_end(means) if measure == "ce_loss" else math.inf  # the others are bounded
     for color, (label, line) in zip(COLORS, lines.items(), strict=False):
         line = sorted(line, key=lambda point: places[show(point.options[name])])
         near = [point for point in line if point.means[measure] <= ceiling]

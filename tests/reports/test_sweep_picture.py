@@ -94,6 +94,14 @@ def test_a_run_that_diverged_is_marked_and_does_not_flatten_the_others():
     assert list(bars(axes)[0].lines[0].get_xdata()) == [1e-3, 2e-3, 4e-3, 8e-3]
 
 
+def test_a_measure_that_is_bounded_is_shown_wherever_it_is():
+    runs = [({"penalty_weight": w}, make_run(4.0)) for w in (0.0, 0.05, 0.2, 0.5)]
+    for (_, run), max_prob in zip(runs, (0.06, 0.062, 0.07, 0.2), strict=True):
+        run.validation[-1]["max_prob"] = max_prob
+    axes = draw_sweep("sweep", runs).axes[1]
+    assert len(axes.texts) == 0 and len(bars(axes)[0].lines[0].get_xdata()) == 4
+
+
 def test_numbers_are_along_the_axis_and_words_are_colours():
     figure = draw_sweep("sweep", swept(penalty_type=["a", "b", "c"], learning_rate=[1e-3, 2e-3]))
     assert figure.axes[0].get_xlabel() == "learning_rate" and len(bars(figure.axes[0])) == 3

@@ -3,6 +3,11 @@
 accelerate launch run_clm_owt.py --recipe recipes/owt_512.yaml
 """
 
+if __name__ == "__main__":
+    from clm_owt.program import end_quietly_at_interrupts
+
+    end_quietly_at_interrupts()
+
 import contextlib
 import os
 import sys

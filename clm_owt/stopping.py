@@ -32,15 +32,16 @@ class Stopped(SystemExit):
 
 
 class StopRequest:
-    """Notices SIGTERM, SIGINT and SIGUSR1, and the disappearance of the launcher, which counts as SIGTERM where no
-    signal came before it.
+    """Notices SIGTERM, SIGINT, SIGUSR1 and, unless it is ignored as under nohup, SIGHUP of a terminal that is closed;
+    and the disappearance of the launcher, which counts as SIGTERM where no signal came before it.
 
     Ends the run at once, by raising Stopped wherever it is, while there is nothing to save; inside `between_steps`
     a request only waits to be asked for. `accelerate launch` with one process forwards no signal, so the worker would
-    run on alone. A second signal ends the process at once, even where it hangs in a collective.
+    run on alone. A second signal ends the process at once, even where it hangs in a collective. With several processes
+    it passes on what it gets, however long that takes on a busy machine: one signal after the first is no second one.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
         # For the last line: how far the run is and what is saved of it, and what to do.
@@ -49,17 +50,20 @@ class StopRequest:
         self._received: int | None = None
         self._at_once = True
         self._launcher = os.getppid() if launched() else None
+        self._passed_on = self._launcher is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Self]:
         """Listen, and where that ends the run say how to continue."""
         previous = {signum: signal.getsignal(signum) for signum in self.SIGNALS}
+        if previous[signal.SIGHUP] == signal.SIG_IGN:
+            del previous[signal.SIGHUP]
         receiver, sender = socket.socketpair()
         sender.setblocking(False)
         previous_fd = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(receiver,), name="signals", daemon=True).start()
         try:
-            for signum in self.SIGNALS:
+            for signum in previous:
                 signal.signal(signum, self._on_signal)
             with self._wait_for_the_launcher():
                 yield self
@@ -121,10 +125,14 @@ class StopRequest:
                     continue
                 if not number:
                     return
-                if number[0] in self.SIGNALS:
-                    first = first or time.monotonic()
-                    if time.monotonic() - first > ECHO_SECONDS:
-                        os._exit(128 + number[0])
+                if number[0] not in self.SIGNALS:
+                    continue
+                if first is None:
+                    first = time.monotonic()
+                elif time.monotonic() - first > ECHO_SECONDS and not self._passed_on:
+                    os._exit(128 + number[0])
+                else:
+                    self._passed_on = False
 
     @property
     def signum(self) -> int | None:

@@ -22,7 +22,6 @@ import itertools
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -40,12 +39,12 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from clm_owt.errors import InputError, exit_with
 from clm_owt.formatting import format_bytes, markdown_table
 from clm_owt.model.gpt2 import EXPORTED_ACTIVATION, build_model, compile_blocks, model_config
 from clm_owt.model.losses import fused_linear_loss
 from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.planning.plan import flops_per_token
+from clm_owt.program import output_file, run_script
 from clm_owt.recipe import PENALTY_TYPES, Recipe
 from clm_owt.recipe_reader import load_recipe
 from clm_owt.state import TrainState
@@ -105,7 +104,7 @@ def create_parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--paths", nargs="+", metavar="PATH", help="only these (default: all)")
     parser.add_argument("--penalties", nargs="*", metavar="TYPE", choices=PENALTY_TYPES, help=PENALTIES_HELP)
     parser.add_argument("--vocab_size", type=int, help="default: the recipe's, or GPT-2's 50,257")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all measurements there")
+    parser.add_argument("--json", metavar="FILE", type=output_file, help="write all measurements there")
     return parser
 
 
@@ -128,7 +127,9 @@ def benchmark_step(argv: list[str]) -> None:
     """Complete optimizer steps of one micro-batch: forward, backward, clipping, optimizer."""
     parser = create_parser("step")
     parser.add_argument("--micro_batch", type=int, default=1, help="blocks of a step (default: %(default)s)")
-    parser.add_argument("--profile", metavar="FILE", type=Path, help="write a torch profiler trace of the first path")
+    parser.add_argument(
+        "--profile", metavar="FILE", type=output_file, help="write a torch profiler trace of the first path"
+    )
     options, recipe = parse(parser, argv)
     accelerator = Accelerator()
     shape = (options.micro_batch, recipe.block_size)
@@ -447,7 +448,4 @@ def report(
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        exit_with(error)
+    run_script(main)

@@ -40,6 +40,7 @@ import pyarrow.parquet as pq
 
 from clm_owt.formatting import markdown_table
 from clm_owt.planning.devices import cpu_name
+from clm_owt.program import output_file, run_script
 from clm_owt.recipe import Recipe
 from clm_owt.recipe_reader import load_recipe
 
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--files", nargs="+", help="Parquet files instead of this environment's own texts")
     parser.add_argument("--megabytes", type=int, default=90, help="of text that is collected (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="measured repetitions (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all measurements there")
+    parser.add_argument("--json", metavar="FILE", type=output_file, help="write all measurements there")
     parser.add_argument("--way", choices=[*WAYS, "batches"], help=argparse.SUPPRESS)  # in a process of its own
     options, recipe_options = parser.parse_known_args(argv)
     if options.way:
@@ -479,4 +480,4 @@ def folder_bytes(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

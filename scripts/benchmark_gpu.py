@@ -29,7 +29,6 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -42,6 +41,7 @@ from transformers import GPT2LMHeadModel
 from clm_owt.formatting import format_bytes, markdown_table
 from clm_owt.model.gpt2 import build_model, compile_blocks
 from clm_owt.planning.plan import flops_per_token
+from clm_owt.program import output_file
 from clm_owt.recipe import Recipe
 from clm_owt.recipe_reader import load_recipe
 from clm_owt.training.device_memory import is_out_of_memory, release_cached_memory
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--blocks", type=int, help="of a step (default: twice the largest micro-batch)")
     parser.add_argument("--rounds", type=int, default=5, help="measured repetitions (default: %(default)s)")
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=PATHS, help="only these (default: all)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all measurements there")
+    parser.add_argument("--json", metavar="FILE", type=output_file, help="write all measurements there")
     options, rest = parser.parse_known_args(argv)
     recipe = dataclasses.replace(load_recipe(rest), init_from=None)
     dry_run = not torch.cuda.is_available()

@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass
 
 from clm_owt.batch import candidate_sizes
-from clm_owt.errors import InputError, exit_with
+from clm_owt.errors import InputError
 from clm_owt.formatting import format_bytes, format_duration, markdown_table, text_table
 from clm_owt.planning.devices import DEVICES, Device, Hardware, find_device
 from clm_owt.planning.memory import count_parameters, step_memory
@@ -36,6 +36,7 @@ from clm_owt.planning.step_time import (
     step_seconds,
     work_of,
 )
+from clm_owt.program import run_script
 from clm_owt.recipe import Recipe
 from clm_owt.recipe_reader import load_recipe
 
@@ -271,7 +272,4 @@ def local_device() -> Device:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        exit_with(error)
+    run_script(main)

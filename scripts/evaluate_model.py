@@ -8,10 +8,9 @@ python scripts/evaluate_model.py --model runs/owt_512/model --tasks lambada_open
 import argparse
 import functools
 import json
-import sys
 from pathlib import Path
 
-from clm_owt.errors import InputError, exit_with
+from clm_owt.program import run_script
 
 
 def main(argv: list[str]) -> None:
@@ -30,10 +29,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.stride is not None and options.stride < 1:
         parser.error(f"--stride: {options.stride} does not work; expected at least 1")
-    try:
-        result = run(options)
-    except InputError as error:
-        exit_with(error)
+    result = run(options)
     if options.json:
         print(json.dumps(result))
 
@@ -67,4 +63,4 @@ def run(options: argparse.Namespace) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

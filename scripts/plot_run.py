@@ -6,11 +6,11 @@ python scripts/plot_run.py runs/quickstart --output quickstart.png
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from clm_owt.errors import InputError, exit_with
+from clm_owt.errors import InputError
 from clm_owt.files import write_text
+from clm_owt.program import output_file, run_script
 from clm_owt.reports.curves import save_picture
 from clm_owt.reports.panels import by_difference
 from clm_owt.reports.record import RunRecord
@@ -19,14 +19,13 @@ from clm_owt.reports.record import RunRecord
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
-    parser.add_argument("--output", type=Path, help="a file .html, .png or .svg; default: curves.html, as above")
+    parser.add_argument(
+        "--output", type=output_file, help="a file .html, .png or .svg; default: curves.html, as above"
+    )
     options = parser.parse_args(argv)
     first = options.runs[0]
     output = options.output or (first if len(options.runs) == 1 else first.parent) / "curves.html"
-    try:
-        plot(options.runs, output)
-    except InputError as error:
-        exit_with(error)
+    plot(options.runs, output)
     print(f"Drawn: {output}")
 
 
@@ -49,4 +48,4 @@ def plot(folders: list[Path], output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

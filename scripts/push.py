@@ -7,8 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from clm_owt.errors import InputError, exit_with
+from clm_owt.errors import InputError
 from clm_owt.hub import explain, push
+from clm_owt.program import run_script
 
 
 def main(argv: list[str]) -> None:
@@ -19,11 +20,11 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     try:
         print(f"Uploaded {options.run}: {push(options.run, options.hub_model_id, options.private)}")
-    except InputError as error:
-        exit_with(error)
+    except InputError:
+        raise
     except Exception as error:
         sys.exit(f"error: {options.run} was not uploaded: {explain(error)}; the same command repeats it")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

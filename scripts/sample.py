@@ -5,19 +5,15 @@ python scripts/sample.py --model runs/owt_512/model --prompt "The quick brown fo
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from clm_owt.errors import InputError, exit_with
+from clm_owt.errors import InputError
+from clm_owt.program import run_script
 from clm_owt.recipe import DEFAULT_PROMPTS
 
 
 def main(argv: list[str]) -> None:
-    options = parse(argv)
-    try:
-        sample_all(options)
-    except InputError as error:
-        exit_with(error)
+    sample_all(parse(argv))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -86,4 +82,4 @@ def sample_all(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -36,9 +36,10 @@ from typing import Any
 
 import yaml
 
-from clm_owt.errors import InputError, RecipeError, exit_with
+from clm_owt.errors import InputError, RecipeError
 from clm_owt.files import write_text
 from clm_owt.formatting import format_clock, format_duration, text_table
+from clm_owt.program import run_script
 from clm_owt.recipe import Recipe, show
 from clm_owt.recipe_reader import StrictLoader, load_recipe
 from clm_owt.reports.record import Row, RunRecord, read_metrics, read_plan, read_recipe, split_rows
@@ -47,6 +48,8 @@ from clm_owt.reports.sweep_picture import save_sweep_picture
 METHODS = ("grid", "random", "bayes")
 POLL_SECONDS = 1.0
 ERROR_LINES = 3  # of a failed run's log
+# A training that was told to stop saves itself first; GPT-2's larger sizes take a minute on a slow disk.
+SECONDS_FOR_A_SAVE = 600.0
 MEASURES = ("step", "ce_loss", "perplexity", "max_prob", "entropy")
 
 
@@ -206,9 +209,10 @@ def run_command(sweep: Sweep, run: SweptRun, gpu: str | None) -> list[str]:
 
 @contextlib.contextmanager
 def interruption() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, instead of ending the sweep at once."""
+    """An event that SIGINT, SIGTERM and a closed terminal set, instead of ending the sweep at once."""
     interrupted = threading.Event()
-    previous = {s: signal.signal(s, lambda *_: interrupted.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {s: signal.signal(s, lambda *_: interrupted.set()) for s in signals}
     try:
         yield interrupted
     finally:
@@ -226,7 +230,7 @@ def execute(
     """Run a command, its output to `log`; gives its exit status, or None where it was ended because `is_hopeless`.
 
     The command has a process group of its own, so that the training ends with its launcher. An interrupted one saves
-    itself, and is continued the next time.
+    itself, which is waited for also where its launcher has left before, and is continued the next time.
     """
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     if gpu is not None:
@@ -241,6 +245,7 @@ def execute(
                 ended = True
                 os.killpg(process.pid, signal.SIGTERM)  # a training saves itself first
             time.sleep(POLL_SECONDS / 10)
+        wait_for_group(process.pid)
     return None if ended and not interrupted.is_set() else process.returncode
 
 
@@ -252,6 +257,16 @@ def error_in(text: str) -> str:
     raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
     of_program = [line for line in raised if not re.match(r"subprocess\.CalledProcessError|torch\.distributed", line)]
     return "\n".join(own[:ERROR_LINES] or of_program[-1:] or lines[-1:])
+
+
+def wait_for_group(group: int) -> None:
+    """Until no process of a process group is left, for SECONDS_FOR_A_SAVE at most."""
+    deadline = time.monotonic() + SECONDS_FOR_A_SAVE
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(POLL_SECONDS / 10)
+        print(f"process group {group} is still there after {SECONDS_FOR_A_SAVE:.0f} s, and left alone", flush=True)
 
 
 class LocalSweep:
@@ -497,7 +512,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except InputError as error:
-        exit_with(error)
+    run_script(main)

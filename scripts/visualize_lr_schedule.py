@@ -5,12 +5,12 @@ python scripts/visualize_lr_schedule.py --recipe recipes/owt_512.yaml recipes/ow
 """
 
 import argparse
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from clm_owt.errors import InputError, exit_with
+from clm_owt.errors import InputError
 from clm_owt.files import replacing
+from clm_owt.program import output_file, run_script
 from clm_owt.recipe_reader import load_recipe
 from clm_owt.reports.panels import COLORS
 from clm_owt.schedule import SCHEDULES, Schedule
@@ -124,7 +124,7 @@ def read_arguments(argv: list[str]) -> tuple[list[Curve], Path | None]:
     parser.add_argument("--min_lr_ratio", type=float, default=0.1, help="floor as a share of the peak (default: 0.1)")
     parser.add_argument("--lr_schedule", choices=SCHEDULES, default="cosine", help="default: cosine")
     parser.add_argument("--decay_share", type=float, default=0.2, help="of wsd (default: 0.2)")
-    parser.add_argument("--output", type=Path, help="a picture to draw them in; default: none")
+    parser.add_argument("--output", type=output_file, help="a picture to draw them in; default: none")
     options = parser.parse_args(argv)
     schedules = [from_recipe(path) for path in options.recipe]
     numbers = {name: getattr(options, name) for name in ("max_lr", "warmup_steps", "total_steps")}
@@ -174,7 +174,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        exit_with(error)
+    run_script(main)

@@ -1,5 +1,6 @@
 """The log of a run: metrics.jsonl, samples.md, lines and progress on the terminal, the trackers of `report_to`."""
 
+import contextlib
 import json
 import math
 import sys
@@ -71,7 +72,8 @@ class RunLog:
         """Print lines above the progress line."""
         if self._is_main:
             for line in lines:
-                tqdm.write(line) if self._progress else print_lines(line)
+                with contextlib.suppress(OSError):  # a terminal that is closed
+                    tqdm.write(line) if self._progress else print_lines(line)
 
     def train_row(self, row: dict[str, object]) -> None:
         """Add a row of the training split, and show it in the progress line, or in a printed line where the output is

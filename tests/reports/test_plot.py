@@ -23,6 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from support.browser import Page, open_page
 from support.runs import ROOT, environment
 
+from clm_owt.errors import InputError
 from clm_owt.reports import curves
 from clm_owt.reports.curves import Curves, draw, save_picture
 from clm_owt.reports.page import write_page
@@ -226,10 +227,11 @@ def test_errors_of_plot_run_are_one_line(tmp_path, capsys):
         ([tmp_path], "is no run's folder"),
         ([run, "--output", "a.pdf"], ".png, .svg or .html"),
     ):
-        with pytest.raises(SystemExit) as leaving:
+        with pytest.raises(InputError, match=message):
             plot_run.main([*map(str, arguments)])
-        (line,) = capsys.readouterr().err.splitlines()
-        assert leaving.value.code == 2 and message in line
+    with pytest.raises(SystemExit, match="2"):
+        plot_run.main([str(run), "--output", str(tmp_path / "missing/a.png")])
+    assert "there is no folder" in capsys.readouterr().err.splitlines()[-1]
 
 
 # Of every column of the canvas in which the curve is drawn (the one thing there that has a colour): x, and the mean y.

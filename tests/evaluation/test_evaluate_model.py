@@ -42,16 +42,14 @@ def trained(tiny_recipe, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def script(tmp_path, monkeypatch, capsys):
-    """Calls a script's `main` in an empty folder; gives its exit status, output and errors."""
+    """Runs a script in an empty folder, in this process; gives its exit status, output and errors."""
     monkeypatch.chdir(tmp_path)
 
     def call(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        module = runpy.run_path(str(ROOT / "scripts" / name))
-        status = 0
-        try:
-            module["main"]([str(argument) for argument in arguments])
-        except SystemExit as end:
-            status = end.code
+        monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        status = end.value.code or 0
         output, errors = capsys.readouterr()
         return subprocess.CompletedProcess(name, status, output, errors)
 

@@ -466,7 +466,7 @@ def report(sweep: Sweep, runs: list[SweptRun], folder: Path) -> None:
         f"# The best of the sweep {sweep.name}: {chosen}; validation cross-entropy {best.measures['ce_loss']:.4f}\n"
         + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
     )
-    title = f"{sweep.name}: validation at the end of {len(finished)} runs"
+    title = f"{sweep.name}: validation at the end of {len(finished)} runs, lowest {best.measures['ce_loss']:.4f}"
     if len(finished) < len(runs):
         title += f"; {len(runs) - len(finished)} did not finish"
     points = [(run.options, RunRecord.read(run.folder)) for run in finished]

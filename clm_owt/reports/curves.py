@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # matplotlib takes a second to import; it is imported where i
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, PANEL_HEIGHT = 9.0, 2.9  # inches; small, so that its letters are large wherever it is shown
+WIDTH, PANEL_HEIGHT = 7.5, 2.5  # inches; small, so that its letters are large wherever it is shown
 LEGEND_LINE = 0.2
 FONT_SIZE = 9
 
@@ -53,7 +53,9 @@ def draw(runs: Sequence[RunRecord]) -> "Figure":
     top = 0.9 + legend_height
     height = top + PANEL_HEIGHT * lines
     figure.set_figheight(height)
-    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.45 / height, top=1 - top / height, wspace=0.2, hspace=0.3)
+    figure.subplots_adjust(
+        left=0.085, right=0.985, bottom=0.45 / height, top=1 - top / height, wspace=0.22, hspace=0.33
+    )
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     figure.suptitle(title, x=0.02, y=1 - 0.1 / height, ha="left", va="top", fontsize=FONT_SIZE + 2)
     figure.legends[0].set_bbox_to_anchor((0.01, 1 - 0.3 / height))
@@ -180,7 +182,7 @@ def save_picture(runs: Sequence[RunRecord], path: Path) -> None:
     figure = draw(runs)
     FigureCanvasAgg(figure)
     with replacing(path) as aside:
-        figure.savefig(aside, dpi=150, format=path.suffix.removeprefix("."))
+        figure.savefig(aside, dpi=180, format=path.suffix.removeprefix("."))
 
 
 class Curves:

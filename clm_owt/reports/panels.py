@@ -20,7 +20,7 @@ REFERENCE_POINTS_NAME = "AdamW 6e-4, batch 480 (MARS)"
 
 SMOOTHED_POINTS = 100  # a curve of more points than this is drawn with its running mean
 LABELLED_CURVES = 12  # more numbers than this do not fit beside a panel
-LABEL_HEIGHT, LABEL_WIDTH = 0.065, 0.15  # of a panel
+LABEL_HEIGHT, LABEL_WIDTH = 0.075, 0.18  # of a panel
 ENOUGH_TICKS = 8  # on a logarithmic axis
 ROUND_STEPS = (1, 2, 2.5, 5, 10)  # between the ticks of a linear one
 NAMED_DIFFERENCES = 3  # runs that differ in more settings than this are named by their folders
@@ -74,6 +74,7 @@ class Curve:
 class Beyond:
     """The highest of a run's values that lie beyond its panel's axis, or its first that is not finite."""
 
+    run: RunRecord
     color: str
     step: int
     value: float
@@ -109,7 +110,7 @@ class Diagram:
     @property
     def steps(self) -> tuple[float, float]:
         """The ends of the axis of steps, the same in all panels, with room for the last values."""
-        return -0.02 * self.end, 1.18 * self.end
+        return -0.02 * self.end, 1.22 * self.end
 
     def height(self, value: float) -> float:
         """Where a value is on the axis: 0 at the bottom, 1 at the top."""
@@ -120,10 +121,12 @@ class Diagram:
 
     def end_labels(self) -> list[Note]:
         """The last value of each curve, to be written right of it, none over another. A run of several has one, of
-        its validation where it has any."""
+        its validation where it has any; one that ends beyond the axis has its label there."""
         alone = len({id(curve.run) for curve in self.curves}) == 1
         last = {(id(curve.run), alone and curve.validation): curve for curve in self.curves}  # validation comes later
-        curves = sorted(last.values(), key=lambda curve: curve.shown[-1])[:LABELLED_CURVES]
+        ends = {id(beyond.run): beyond.step for beyond in self.beyond}
+        inside = [curve for curve in last.values() if curve.steps[-1] > ends.get(id(curve.run), -1)]
+        curves = sorted(inside, key=lambda curve: curve.shown[-1])[:LABELLED_CURVES]
         notes = [
             Note(
                 "black" if alone and curve.validation else curve.color,
@@ -188,7 +191,7 @@ def fill(panel: Panel, runs: Sequence[RunRecord]) -> Diagram:
         outside = [row for rows, _ in splits for row in rows if is_beyond(row, panel, ceiling)]
         if outside:
             row = max(outside, key=lambda row: row[panel.field] if math.isfinite(row[panel.field]) else math.inf)
-            beyond.append(Beyond(color, row["step"], row[panel.field]))
+            beyond.append(Beyond(run, color, row["step"], row[panel.field]))
         for rows, validation in splits:
             curve = make_curve(run, color, validation, panel, rows, ceiling)
             if curve.steps:

@@ -18,16 +18,16 @@ if TYPE_CHECKING:  # matplotlib takes a second to import; it is imported where i
     from matplotlib.figure import Figure
 
 MEASURES = {
-    "ce_loss": "cross-entropy (nats per token)",
+    "ce_loss": "cross-entropy (nats)",
     "max_prob": "mean largest probability",
-    "entropy": "entropy (nats per token)",
+    "entropy": "entropy (nats)",
 }
 
 LOG_SPAN = 20  # a parameter whose values differ by this factor has a logarithmic axis
 LEAST_SPAN = 0.02  # of a value, on an axis without error bars
 FAR = 8  # a point so many times as far from the lowest as the median is lies beyond the axis, and is marked at its end
 FEWEST_DIFFERENCES = 8  # of training rows, to tell from them how much chance does
-PANEL_WIDTH, PANEL_HEIGHT, FONT_SIZE = 3.0, 2.6, 9
+PANEL_WIDTH, PANEL_HEIGHT, FONT_SIZE = 2.5, 2.4, 9
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def describe_errors(points: Sequence[Point]) -> str:
     if seeds > 1:
         return f"bars: ± one standard deviation over up to {seeds} seeds"
     if any(error is not None for point in points for error in point.errors.values()):
-        return "bars: ± sampling error of the validation set, from the scatter of the training batches; one seed"
+        return "one seed; bars: ± sampling error of the validation set, as training batches scatter"
     return "one seed; how much chance does is not known"
 
 
@@ -143,8 +143,7 @@ def draw_measure(axes: "Axes", measure: str, name: str, lines: dict[str, list[Po
             if point not in near:
                 mark_far(axes, places[show(point.options[name])], point.means[measure], color)
     scale_axes(axes, name, values if numeric else None, places, [mean for mean in means if mean <= ceiling])
-    lowest = f", lowest {min(means):.4g}" if measure == "ce_loss" else ""
-    axes.set_title(MEASURES[measure] + lowest, fontsize=FONT_SIZE - 0.5, loc="left")
+    axes.set_title(MEASURES[measure], fontsize=FONT_SIZE, loc="left")
     axes.set_xlabel(name, fontsize=FONT_SIZE)
     axes.tick_params(labelsize=FONT_SIZE - 1)
     axes.grid(alpha=0.25)
@@ -205,4 +204,4 @@ def save_sweep_picture(title: str, runs: Sequence[tuple[dict[str, Any], RunRecor
     figure = draw_sweep(title, runs)
     FigureCanvasAgg(figure)
     with replacing(path) as aside:
-        figure.savefig(aside, dpi=150, format="png")
+        figure.savefig(aside, dpi=180, format="png")

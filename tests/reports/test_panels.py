@@ -77,6 +77,7 @@ def test_a_run_that_diverged_is_marked_and_does_not_flatten_the_others():
     diagram = fill(LOSS, [make_run(), lost])
     assert diagram.high < 10
     assert [(beyond.step, beyond.text) for beyond in diagram.beyond] == [(101, "not finite")]
+    assert len(diagram.end_labels()) == 1  # its last value is none to read
     assert len(fill(NORM, [make_run(), lost]).beyond) == 1
 
 
@@ -116,8 +117,8 @@ def test_only_labels_of_curves_that_end_near_each_other_move():
 def test_spikes_near_each_other_are_named_below_each_other():
     losses = [row["ce_loss"] for row in make_run().train]
     runs = [make_run(str(at), (*losses[:at], 10.0**at, *losses[at + 1 :])) for at in (100, 103, 180)]
-    notes = [(note.text, round(1 - note.height, 4)) for note in fill(LOSS, runs).spike_labels()]
-    assert notes == [("1e+100", 0.0325), ("1e+103", 0.0975), ("1e+180", 0.0325)]
+    notes = [(note.text, round((1 - note.height) / LABEL_HEIGHT, 6)) for note in fill(LOSS, runs).spike_labels()]
+    assert notes == [("1e+100", 0.5), ("1e+103", 1.5), ("1e+180", 0.5)]
 
 
 @pytest.mark.parametrize(

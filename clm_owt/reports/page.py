@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 
 from clm_owt.formatting import format_clock, format_count
-from clm_owt.recipe import FIELDS, show
+from clm_owt.recipe import FIELDS
 from clm_owt.reports.panels import (
     COLORS,
     MARK_COLORS,
@@ -19,6 +19,7 @@ from clm_owt.reports.panels import (
     log_ticks,
     reference_losses,
     setting,
+    short,
     status,
 )
 from clm_owt.reports.record import PLACES, RunRecord
@@ -290,9 +291,7 @@ def samples(runs: Sequence[RunRecord]) -> str:
 
 def cell(value: object) -> str:
     """A value of a recipe as HTML."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return html.escape(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else show(value))
+    return html.escape(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else short(value))
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]], numbers: int | None = None) -> str:

@@ -298,7 +298,7 @@ def by_difference(runs: Sequence[RunRecord]) -> list[RunRecord]:
     there are any, or their folders where these are too many or do not tell."""
     keys = differing_keys(runs)
     keys = [key for key in keys if key in FIELDS and FIELDS[key].metadata["shapes_result"]] or keys
-    names = [", ".join(f"{key}={show(setting(run, key))}" for key in keys) for run in runs]
+    names = [", ".join(f"{key}={short(setting(run, key))}" for key in keys) for run in runs]
     for candidates in (names, [run.name for run in runs], [str(run.folder) for run in runs]):
         if len(set(candidates)) == len(runs) and not (candidates is names and len(keys) > NAMED_DIFFERENCES):
             return [replace(run, name=name) for run, name in zip(runs, candidates, strict=True)]
@@ -309,6 +309,11 @@ def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
     """The keys in which the recipes differ, but for those that only say where a run is."""
     keys = dict.fromkeys(key for run in runs for key in (*FIELDS, *run.recipe) if key not in PLACES)
     return [key for key in keys if len({show(setting(run, key)) for run in runs}) > 1]
+
+
+def short(value: object) -> str:
+    """A setting as it is read, a number in at most six digits."""
+    return f"{value:g}" if isinstance(value, float) else show(value)
 
 
 def setting(run: RunRecord, key: str) -> object:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from clm_owt.files import replacing
 from clm_owt.recipe import show
-from clm_owt.reports.panels import COLORS, ROUND_STEPS, log_ticks
+from clm_owt.reports.panels import COLORS, ROUND_STEPS, log_ticks, short
 from clm_owt.reports.record import RunRecord
 
 if TYPE_CHECKING:  # matplotlib takes a second to import; it is imported where it draws
@@ -109,7 +109,7 @@ def split_into_lines(points: Sequence[Point], names: Sequence[str]) -> tuple[str
     along = max(names, key=rank)
     lines: dict[str, list[Point]] = {}
     for point in points:
-        label = ", ".join(f"{name}={show(point.options[name])}" for name in names if name != along)
+        label = ", ".join(f"{name}={short(point.options[name])}" for name in names if name != along)
         lines.setdefault(label, []).append(point)
     return (along, lines) if len(names) == 1 or len(lines) <= min(len(COLORS), len(points) // 2) else None
 

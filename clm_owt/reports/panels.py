@@ -113,8 +113,9 @@ class Diagram:
         return -0.02 * self.end, 1.22 * self.end
 
     def height(self, value: float) -> float:
-        """Where a value is on the axis: 0 at the bottom, 1 at the top."""
+        """Where a value is on the axis, or the end that it lies beyond: 0 is the bottom, 1 the top."""
         low, high = self.low, self.high
+        value = max(low, min(value, high))
         if self.panel.log_scale:
             low, high, value = math.log(low), math.log(high), math.log(value)
         return (value - low) / (high - low)
@@ -234,7 +235,7 @@ def axis_ends(panel: Panel, runs: Sequence[RunRecord]) -> list[float]:
 def axis(panel: Panel, values: Sequence[float], lines: Sequence[float]) -> tuple[float, float]:
     """Both ends of a panel's axis, with some room around the values. A linear axis has 0 in it."""
     if not panel.log_scale:
-        low, high = min(0.0, *values, 0.0), max(0.0, *values, 0.0)
+        low, high = min([0.0, *values]), max([0.0, *values])
         room = 0.08 * (high - low) or 1.0
         return low - (room if low < 0 else 0), high + (room if high > 0 or low == 0 else 0)
     values = [value for value in (*values, *lines) if value > 0] or [1.0]

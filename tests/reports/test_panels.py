@@ -89,6 +89,14 @@ def test_rates_that_differ_much_are_all_shown_unless_one_is_absurd():
         assert (diagram.high > other, diagram.beyond == []) == (shown, shown)
 
 
+def test_a_gradient_norm_of_zero_is_at_the_bottom_of_its_logarithmic_axis():
+    run = make_run()
+    run.train[-1]["grad_norm"] = run.train[-2]["grad_norm"] = 0.0
+    run.train[:] = run.train[-50:]
+    diagram = fill(NORM, [run])
+    assert diagram.low > 0.4 and [note.text for note in diagram.end_labels()] == ["0"]
+
+
 def test_a_penalty_below_zero_is_shown():
     diagram = next(d for d in diagrams([make_run(penalty_weight=0.1)]) if d.panel is PENALTY)
     assert diagram.low < -0.3 and diagram.high == 0

@@ -18,6 +18,7 @@ PENALTY_TYPES = ("non_max_sum", "neg_max_prob", "neg_entropy", "top_k_mass")
 FILE_FORMATS = ("text", "json", "csv", "parquet")
 PYTHON_DOCS = "python-docs"
 TEXT_DOCUMENTS = ("paragraph", "file")
+VALIDATION_KEYS = ("validation_share", "validation_files", "validation_documents")  # one of them is set
 TRACKERS = ("wandb", "tensorboard", "trackio")
 
 # The prompts that samples continue unless a recipe names others.
@@ -85,7 +86,9 @@ class Recipe:
     data_files: tuple[str, ...] | None = result_key("paths, folders, globs or URLs", None)
     text_column: str = result_key("the column that holds the text", "text")
     text_documents: str = result_key("a document of text files", "paragraph", one_of(*TEXT_DOCUMENTS))
-    validation_documents: int = result_key("documents at the head of the stream held out", 1000, at_least(1))
+    validation_documents: int | None = result_key("documents at the head of the stream held out", 1000, at_least(1))
+    validation_share: float | None = result_key("instead: share of the text, at its end", None, fraction("(", ")"))
+    validation_files: tuple[str, ...] | None = result_key("instead: paths, folders, globs or URLs", None)
     expected_train_blocks: int | None = result_key("known size of a dataset still being read", None, at_least(1))
     data_cache_dir: str = key("where token stores and trained tokenizers are kept", "~/.cache/clm_owt")
     # tokenizer
@@ -151,6 +154,11 @@ class Recipe:
     hub_model_id: str | None = key("repository to upload to", None)
     hub_private_repo: bool | None = key("create the repository as private", None)
     hub_strategy: str = key("when to upload", "end", one_of("end", "every_save"))
+
+    @property
+    def validation_key(self) -> str:
+        """The key that says which documents are the validation set."""
+        return next(name for name in VALIDATION_KEYS if getattr(self, name) is not None)
 
     def total_steps(self, train_blocks: int | None = None) -> int | None:
         """Optimizer steps of the run: `max_steps`, or floor(epochs · blocks / batch) of the expected or, where none

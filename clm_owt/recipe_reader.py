@@ -22,7 +22,7 @@ import yaml
 
 from clm_owt.data_files import matching_files, no_match
 from clm_owt.errors import RecipeError
-from clm_owt.recipe import FIELDS, FILE_FORMATS, PYTHON_DOCS, TRACKERS, TYPES, Recipe, is_url, show
+from clm_owt.recipe import FIELDS, FILE_FORMATS, PYTHON_DOCS, TRACKERS, TYPES, VALIDATION_KEYS, Recipe, is_url, show
 from clm_owt.schedule import schedule_problems
 
 
@@ -88,6 +88,8 @@ def read_command_line(argv: Sequence[str]) -> tuple[Recipe, bool]:
         raise RecipeError(problems)
     if not values.get("run_name"):
         values["run_name"] = default_run_name(path, file_values, values)
+    if values.get("validation_share") or values.get("validation_files"):
+        values["validation_documents"] = None
     if not values.get("output_dir"):
         values["output_dir"] = str(Path("runs") / values["run_name"])
     return Recipe(**values), options.plan_only
@@ -229,6 +231,7 @@ def combination_problems(values: dict[str, Any], broken: set[str]) -> list[str]:
     return [
         *missing,
         *data_problems(get),
+        *validation_problems(get, values, broken),
         *tokenizer_problems(get, broken),
         *model_problems(get),
         *optimiser_problems(get),
@@ -244,11 +247,12 @@ def data_problems(get: Get) -> list[str]:
     if dataset in FILE_FORMATS:
         if not files:
             problems.append(f"data_files: missing; dataset_name {dataset} reads the files that data_files names")
-        for pattern in files or ():
-            if not is_url(pattern) and not matching_files(pattern, dataset):
-                problems.append(no_match("data_files", pattern, dataset))
+        for name in ("data_files", "validation_files"):
+            for pattern in get(name) or ():
+                if not is_url(pattern) and not matching_files(pattern, dataset):
+                    problems.append(no_match(name, pattern, dataset))
     elif dataset == PYTHON_DOCS:
-        for name in ("data_files", "dataset_config_name", "dataset_revision"):
+        for name in ("data_files", "validation_files", "dataset_config_name", "dataset_revision"):
             if get(name):
                 problems.append(
                     f"{name}: {show(get(name))!r} cannot be used with the built-in {PYTHON_DOCS}; remove it"
@@ -265,6 +269,25 @@ def data_problems(get: Get) -> list[str]:
         )
     if get("text_documents") == "file" and dataset != "text":
         problems.append(f"text_documents: 'file' is for dataset_name text, not for {dataset}; remove it")
+    return problems
+
+
+def validation_problems(get: Get, values: dict[str, Any], broken: set[str]) -> list[str]:
+    """One way to hold out a validation set."""
+    problems = []
+    given = [name for name in VALIDATION_KEYS if values.get(name)]
+    for name in given[1:]:
+        problems.append(
+            f"{given[0]}: {show(get(given[0]))!r} excludes {name} {show(get(name))}; set one of them to none"
+        )
+    if not given and "validation_documents" in values and not broken.intersection(VALIDATION_KEYS):
+        problems.append("validation_documents: missing; expected it, validation_share or validation_files")
+    for name in ("validation_share", "validation_files"):
+        if name in given and get("dataset_name") and get("dataset_name") not in (*FILE_FORMATS, PYTHON_DOCS):
+            problems.append(
+                f"{name}: {show(get(name))!r} is for files of your own; a dataset on the Hub is read as it comes, and "
+                "validation_documents holds out its first ones"
+            )
     return problems
 
 

@@ -121,6 +121,7 @@ class Checkout:
         texts = pa.table({"text": list(english_documents()[:200])})
         for half in range(2):
             pq.write_table(texts.slice(100 * half, 100), folder / f"my/documents-{half}.parquet")
+        (folder / "my/book.txt").write_text("\n\n".join(english_documents()[:100]))
         (folder / "prompts.txt").write_text("The quick brown fox\nOnce upon a time\n")
         self.run("python run_clm_owt.py --recipe recipes/quickstart.yaml")
         shutil.copytree(folder / "runs/quickstart", folder / "finished")

@@ -93,6 +93,16 @@ def test_a_recipe_written_out_reads_back_the_same(tmp_path):
     assert load_recipe(["--recipe", str(path)]) == recipe
 
 
+def test_a_validation_set_held_out_otherwise_leaves_no_validation_documents(tmp_path):
+    argv = recipe_file(tmp_path, FILE)
+    recipe = load_recipe([*argv, "--validation_share", "0.1"])
+    assert (recipe.validation_documents, recipe.validation_key) == (None, "validation_share")
+    assert recipe.run_name == "trial,validation_share=0.1"
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(["--recipe", str(tmp_path / "again.yaml")]) == recipe
+    assert load_recipe(argv).validation_key == "validation_documents"
+
+
 def test_all_problems_are_reported_at_once(tmp_path):
     text = "dataset_name: text\nblock_sise: 1\nlearning_rate: fast\nn_embd: 100\nwarmup_steps: 50\nmax_steps: 20\n"
     found = problems([*recipe_file(tmp_path, text), "--seed", "x", "--what", "1"])
@@ -131,6 +141,15 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ({"train_tokenizer_vocab_size": "256"}, "expected at least 257"),
         ({"dataset_name": "text", "data_files": "/nowhere/*.txt"}, "'/nowhere/*.txt' matches no file here"),
         ({"dataset_name": "my folder"}, "not a Hub id"),
+        ({"validation_share": "1"}, "expected in (0, 1)"),
+        ({"validation_share": "0.1", "validation_documents": "5"}, "excludes validation_documents 5; set one of them"),
+        ({"validation_documents": "none"}, "missing; expected it, validation_share or validation_files"),
+        ({"validation_files": "README.md"}, "cannot be used with the built-in python-docs"),
+        ({"dataset_name": "me/pages", "validation_share": "0.1"}, "is for files of your own; a dataset on the Hub"),
+        (
+            {"dataset_name": "text", "data_files": "README.md", "validation_files": "/nowhere/*"},
+            "validation_files: '/nowhere/*' matches no file here",
+        ),
         ({"text_documents": "line"}, "expected one of paragraph, file"),
         ({"text_documents": "file"}, "is for dataset_name text, not for python-docs; remove it"),
         ({"text_column": "body"}, "means nothing for dataset_name python-docs, which has no columns; remove it"),

@@ -1,7 +1,8 @@
 """From documents to the blocks of tokens that a step trains on, without torch.
 
     sources           which documents a recipe means, down to a commit or a digest of each file
-    documents         reading them as a stream that can be resumed
+    corpus            its files as rows, read by `datasets` or `plain_files`
+    documents         their documents as a stream that can be resumed, the validation set first
     tokenizer_files   where the tokenizer of a recipe comes from
     encoding          texts to ids
     parts             documents as tokens, by one process or several, file by file of the source

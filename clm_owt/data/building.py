@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from clm_owt.console import print_lines
-from clm_owt.data.documents import count_files
+from clm_owt.data.documents import count_files, count_held_out_files
 from clm_owt.data.packing import StoreWriter, write_store
 from clm_owt.data.parts import EncodingProcesses, OnEncoded, Parts, read_or_encode
 from clm_owt.data.sources import Source, remember_refs
@@ -52,7 +52,8 @@ def build(
             parts.drop_before(writer.end().position.file)
             on_shard(split)
 
-        writer = StoreWriter(folder, manifest_head(recipe, source, tokenizer), before_first_shard, shard_written)
+        head = manifest_head(recipe, source, tokenizer)
+        writer = StoreWriter(folder, head, before_first_shard, shard_written, count_held_out_files(source))
         if not writer.manifest["complete"]:
             if num_workers > 1:
                 before_first_shard()  # other processes read the tokenizer

@@ -1,260 +1,150 @@
 """The documents of a source as a stream in their fixed order, which can be resumed at any batch.
 
-Every failure is an `InputError` that names the dataset or file, the column or row, and what was there instead. No
-remote code is ever run.
+The stream is a row of sections: the files in their order. What `validation_files` or `validation_share` hold out comes
+first in it, so that the validation set is the head of the stream whatever key names it.
 """
 
-import contextlib
 import functools
-import glob
-import itertools
-import json
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
-from clm_owt.data.plain_files import read_csv, read_whole_files
-from clm_owt.data.python_docs import python_docs
-from clm_owt.data.retries import READ_PAUSES, pause_or_raise, with_retries
-from clm_owt.data.sources import Source, local_path
-from clm_owt.errors import InputError, one_line
-from clm_owt.formatting import format_value
-from clm_owt.hub_client import set_timeout
-from clm_owt.recipe import PYTHON_DOCS
-
-if TYPE_CHECKING:
-    from datasets import IterableDataset
+from clm_owt.data.corpus import Position, checked_texts, input_errors, missing_column, open_corpus
+from clm_owt.data.retries import READ_PAUSES, pause_or_raise
+from clm_owt.data.sources import Source
+from clm_owt.errors import InputError
 
 ROWS_PER_BATCH = 1000  # a row group of OpenWebText; some 5 MB of text
 
+START = Position()
+
 
 @dataclass(frozen=True)
-class Position:
-    """A place in the stream between two batches, from which reading can be resumed: the index of the file, the rows of
-    it before this place, and the state of `datasets`' iterable there (None at the start of the file)."""
+class Section:
+    """A stretch of the stream: one file, from `start` (None: its beginning) to `stop` (None: its end). Both are places
+    in the text: the rows before it, and the bytes before it in that row."""
 
-    file: int = 0
-    row: int = 0
-    state: dict | None = field(default=None, compare=False)
+    file: int
+    start: tuple[int, int] | None = None
+    stop: tuple[int, int] | None = None
+
+    def cut(self, texts: pa.LargeStringArray, first_row: int) -> pa.LargeStringArray:
+        """What lies in this section of `texts`, which begin at row `first_row` of the file."""
+        if self.stop is not None:
+            row, byte = self.stop[0] - first_row, self.stop[1]
+            if row < len(texts):
+                texts = pa.concat_arrays([texts[: max(row, 0)], part_of_text(texts, row, slice(0, byte))])
+        if self.start is not None:
+            row, byte = self.start[0] - first_row, self.start[1]
+            if row >= 0:
+                texts = pa.concat_arrays([part_of_text(texts, row, slice(byte, None)), texts[row + 1 :]])
+        return texts
 
 
-START = Position()
+def part_of_text(texts: pa.LargeStringArray, row: int, part: slice) -> pa.LargeStringArray:
+    """The bytes `part` of the text at `row`, as an array of one text; of none where there are none."""
+    content = texts[row].as_buffer().to_pybytes()[part] if 0 <= row < len(texts) else b""
+    return pa.array([content.decode()] if content else [], pa.large_string())
+
+
+class Stream:
+    """The sections of a source in their order. The first `held_out` of them are the validation set; 0 where
+    `validation_documents` counts it instead. For a `validation_share` all of the text is read once to find its end."""
+
+    def __init__(self, source: Source):
+        self.source, self.corpus = source, open_corpus(source)
+        files = range(len(self.corpus.files))
+        self.sections, self.held_out = [Section(file) for file in files], source.validation_files
+        if source.validation_share is not None:
+            file, place = self.find_start(source.validation_share)
+            held_out = [Section(file, start=place), *self.sections[file + 1 :]]
+            self.sections = [*held_out, *self.sections[:file], Section(file, stop=place)]
+            self.held_out = len(held_out)
+
+    def read(self, start: Position, rows: int, stop: int) -> Iterator[tuple[Position, pa.LargeStringArray]]:
+        """As `read_documents`, to the end of the section before `stop`."""
+        column = self.source.text_column
+        for index in range(start.file, stop):
+            section = self.sections[index]
+            name = self.corpus.files[section.file]
+            position = start if index == start.file else Position(index)
+            pauses = iter(READ_PAUSES)
+            while position is not None:
+                try:
+                    for table, after in self.corpus.batches(section.file, position, rows):
+                        if section.stop is not None and position.row > section.stop[0]:
+                            break
+                        if column not in table.column_names:
+                            raise missing_column(name, column, table.column_names)
+                        with input_errors(name):
+                            texts = checked_texts(table.column(column), name, column, position.row)
+                        texts = section.cut(texts, position.row)
+                        if len(texts):
+                            yield position, texts
+                        position, pauses = after, iter(READ_PAUSES)
+                    position = None
+                except InputError as error:
+                    pause_or_raise(error, pauses)
+
+    def find_start(self, share: float) -> tuple[int, tuple[int, int]]:
+        """The file and the place in it where the last `share` of the text's bytes begins: moved on to the next line,
+        or to the next word where the document has none."""
+        positions, sizes = [], [np.zeros(0, np.int64)]
+        for position, texts in self.read(START, ROWS_PER_BATCH, len(self.sections)):
+            positions.append(position)
+            sizes.append(pa.compute.binary_length(texts).to_numpy(zero_copy_only=False))
+        ends = np.cumsum(np.concatenate(sizes))
+        if not len(ends) or not ends[-1]:
+            return 0, (0, 0)
+        place = int(ends[-1]) - max(1, round(share * int(ends[-1])))
+        document = int(np.searchsorted(ends, place, side="right"))
+        ends_of_batches = np.cumsum([len(batch) for batch in sizes])
+        batch = int(np.searchsorted(ends_of_batches, document, side="right"))
+        position, texts = next(self.read(positions[batch - 1], ROWS_PER_BATCH, len(self.sections)))
+        index = document - int(ends_of_batches[batch - 1])
+        text, row = texts[index].as_buffer().to_pybytes(), position.row + index
+        byte = next_break(text, place - (int(ends[document]) - len(text)))
+        return position.file, (row, byte) if byte < len(text) else (row + 1, 0)
+
+
+def next_break(text: bytes, place: int) -> int:
+    """The beginning of the first line that begins at or after `place`; of the first word, where no line does; the end
+    of the text, where no word does."""
+    if place == 0:
+        return 0
+    found = (text.find(separator, place - 1) for separator in (b"\n", b" "))
+    return next((at + 1 for at in found if at >= 0), len(text))
+
+
+@functools.lru_cache(maxsize=1)
+def open_stream(source: Source) -> Stream:
+    return Stream(source)
 
 
 def read_documents(
     source: Source, start: Position = START, rows_per_batch: int = ROWS_PER_BATCH, end_file: int | None = None
 ) -> Iterator[tuple[Position, pa.LargeStringArray]]:
-    """Pairs of (the position before a batch, its texts), from `start` to the end of the source, or to the end of the
-    file before `end_file`. No text is invalid UTF-8; some may be empty, and one that is null is given as empty.
+    """Pairs of (the position before a batch, its texts), from `start` to the end of the stream, or to the end of the
+    section before `end_file`. No text is invalid UTF-8; some may be empty, and one that is null is given as empty.
 
-    Documents come in the order of the files and, in them, of the rows. The rows of a text file are its paragraphs,
+    Documents come in the order of the sections and, in them, of the rows. The rows of a text file are its paragraphs,
     separated by blank lines, as `datasets` gives them with `sample_by="paragraph"`, or the whole file. Where a
     connection fails, the file is opened again at the last batch, after READ_PAUSES. Raises `InputError`.
     """
-    corpus = open_corpus(source)
-    for file in range(start.file, len(corpus.files) if end_file is None else end_file):
-        position = start if file == start.file else Position(file)
-        pauses = iter(READ_PAUSES)
-        while position is not None:
-            try:
-                for table, after in corpus.batches(position, rows_per_batch):
-                    name, column = corpus.files[file], source.text_column
-                    if column not in table.column_names:
-                        raise missing_column(name, column, table.column_names)
-                    with input_errors(name):
-                        texts = checked_texts(table.column(column), name, column, position.row)
-                    yield position, texts
-                    position, pauses = after, iter(READ_PAUSES)
-                position = None
-            except InputError as error:
-                pause_or_raise(error, pauses)
+    stream = open_stream(source)
+    yield from stream.read(start, rows_per_batch, len(stream.sections) if end_file is None else end_file)
 
 
 def count_files(source: Source) -> int:
-    """The number of files of the source, which can be read independently of each other."""
-    return len(open_corpus(source).files)
+    """The number of sections of the stream, which can be read independently of each other: of its files, the one in
+    which a `validation_share` begins counting twice."""
+    return len(open_stream(source).sections)
 
 
-class Corpus(Protocol):
-    """What `read_documents` reads: files that can be read independently of each other, rows as Arrow tables."""
-
-    files: list[str]  # paths, URLs or other names
-
-    def batches(self, start: Position, rows: int) -> Iterator[tuple[pa.Table, Position]]:
-        """The batches of one file from `start` on, `rows` each, with the position after each of them."""
-
-
-@functools.lru_cache(maxsize=1)
-def open_corpus(source: Source) -> Corpus:
-    plain = source.dataset_name == "csv" or source.text_documents == "file"
-    return PlainCorpus(source) if plain else with_retries(lambda: DatasetsCorpus(source))
-
-
-class PlainCorpus:
-    """Files that `plain_files` reads. Resuming within one reads and discards the rows before."""
-
-    def __init__(self, source: Source):
-        self.source = source
-        self.files = [file for file, _ in source.files]
-
-    def batches(self, start: Position, rows: int) -> Iterator[tuple[pa.Table, Position]]:
-        name, column, row = self.files[start.file], self.source.text_column, start.row
-        with input_errors(name):
-            if self.source.dataset_name == "csv":
-                texts = read_csv(local_path(name), name, column)
-            else:
-                texts = read_whole_files(local_path(name), name)
-            texts = itertools.islice(texts, start.row, None)
-        while True:
-            with input_errors(name):
-                batch = list(itertools.islice(texts, rows))
-            if not batch:
-                return
-            row += len(batch)
-            yield (
-                pa.table({column: pa.array(batch, pa.large_binary()).view(pa.large_string())}),
-                Position(start.file, row),
-            )
-
-
-class DatasetsCorpus:
-    """A source as `datasets` reads it: one streaming dataset for each file."""
-
-    def __init__(self, source: Source):
-        import datasets
-
-        set_timeout()
-        # A failed connection is for `read_documents` to repeat, with pauses of its own.
-        datasets.config.STREAMING_READ_MAX_RETRIES = 1
-        datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
-        datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
-        datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
-        self.source = source
-        self.builder = None
-        if source.dataset_name == PYTHON_DOCS:
-            self.dataset = datasets.Dataset.from_dict({"text": python_docs()}).to_iterable_dataset()
-            self.files = [PYTHON_DOCS]
-            return
-        if source.files:
-            self.files = [file for file, _ in source.files]
-            name = self.files[0] if len(self.files) == 1 else f"{self.files[0]} (or a later one of data_files)"
-        else:
-            name = f"dataset {source.dataset_name}"
-        with input_errors(name):
-            self.open_builder()
-            self.dataset = self.builder.as_streaming_dataset(source.split)
-            if not source.files:
-                self.files = list(self.builder.config.data_files[source.split])
-        self.check_column(name)
-        if hasattr(self.builder.config, "columns"):  # Parquet: read that one column only
-            self.builder.config.columns = [source.text_column]
-            self.dataset = self.builder.as_streaming_dataset(source.split)
-        if self.dataset.num_shards != len(self.files):  # archives of many files: read as one
-            self.files = [name]
-
-    def open_builder(self) -> None:
-        from datasets import load_dataset_builder
-
-        source, options = self.source, {}
-        if source.files:
-            options["data_files"] = {source.split: [glob.escape(local_path(file)) for file in self.files]}
-            if source.dataset_name == "text":
-                options["sample_by"] = "paragraph"
-        else:
-            options |= {"name": source.config_name, "revision": source.commit}
-            if source.data_files:
-                options["data_files"] = {source.split: list(source.data_files)}
-        with tempfile.TemporaryDirectory() as lock_folder:  # a stream caches nothing, but a builder leaves its lock
-            self.builder = load_dataset_builder(source.dataset_name, cache_dir=lock_folder, **options)
-
-    def check_column(self, name: str) -> None:
-        """Raises `InputError` where the schema lacks the text column. (JSON has no schema until its rows are read.)"""
-        columns, column = self.dataset.column_names, self.source.text_column
-        if columns and column not in columns:
-            raise missing_column(name, column, columns)
-
-    def batches(self, start: Position, rows: int) -> Iterator[tuple[pa.Table, Position]]:
-        name = self.files[start.file]
-        with input_errors(name):
-            dataset = self.open_file(start.file)
-            if start.state is not None:
-                dataset.load_state_dict(start.state)
-        batches, row = iter(dataset.iter(batch_size=rows)), start.row
-        while True:
-            with input_errors(name):
-                table = next(batches, None)
-                if table is None:
-                    return
-                row += table.num_rows
-                after = Position(start.file, row, dataset.state_dict())
-            yield table, after
-
-    def open_file(self, index: int) -> "IterableDataset":
-        """File `index` alone. Parquet's row groups become its shards, so that resuming inside the file seeks instead
-        of reading and discarding; only this one file's footer is read for that."""
-        dataset = self.dataset.shard(len(self.files), index) if len(self.files) > 1 else self.dataset
-        return dataset.reshard().with_format("arrow")
-
-
-@contextlib.contextmanager
-def input_errors(name: str) -> Iterator[None]:
-    """Whatever goes wrong in the block, where `name` is opened or read, becomes an `InputError` that names it."""
-    try:
-        yield
-    except InputError:
-        raise
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise InputError(f"{name}: not UTF-8 text (byte 0x{byte:02x}: {error.reason})") from error
-    except StopIteration as error:  # `datasets` finds no first row to learn the columns from
-        raise InputError(f"{name}: holds no rows") from error
-    except Exception as error:
-        raise InputError(f"{name}: cannot be read ({one_line(error)})") from error
-
-
-def missing_column(name: str, column: str, columns: list[str]) -> InputError:
-    return InputError(f"{name}: no column {column!r}; its columns are {', '.join(columns)} (set text_column)")
-
-
-def checked_texts(column: pa.ChunkedArray, name: str, column_name: str, first_row: int) -> pa.LargeStringArray:
-    """`column` as one array of large strings, null being empty. Raises `InputError` with the row of the first value
-    that is not text; `first_row` is the row of the file at which the column begins."""
-    texts = column.combine_chunks()
-    if pa.types.is_dictionary(texts.type):
-        texts = texts.dictionary_decode()
-    values = None
-    if isinstance(texts, pa.ExtensionArray):  # `datasets` gives JSON columns of mixed types as JSON
-        values = [json.loads(value or "null") for value in texts.storage.to_pylist()]
-        if all(value is None or isinstance(value, str) for value in values):
-            texts = pa.array(values, pa.large_string())
-    if texts.null_count == len(texts):
-        texts = pa.nulls(len(texts), pa.large_string())
-    if not is_text(texts.type):
-        values = values or texts.to_pylist()
-        row = next(row for row, value in enumerate(values) if value is not None and not isinstance(value, str))
-        raise InputError(
-            f"{name}: row {first_row + row}, column {column_name!r}: {format_value(values[row])} where text was "
-            f"expected (the column's type is {texts.type})"
-        )
-    texts = texts.cast(pa.large_string()).fill_null("")
-    try:
-        texts.validate(full=True)
-    except pa.ArrowInvalid:
-        for row in range(len(texts)):
-            value = texts[row].as_buffer().to_pybytes()
-            try:
-                value.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{name}: row {first_row + row}, column {column_name!r}: not UTF-8 "
-                    f"(byte {error.start} is 0x{value[error.start]:02x}: {error.reason})"
-                ) from error
-        raise
-    return texts
-
-
-def is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+def count_held_out_files(source: Source) -> int:
+    """How many sections, the first ones of the stream, are the validation set; 0 where `validation_documents` counts
+    it."""
+    return open_stream(source).held_out

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from clm_owt.data.documents import START, Position
+from clm_owt.data.corpus import Position
+from clm_owt.data.documents import START
 from clm_owt.data.parts import Encoded
 from clm_owt.data.token_store import (
     BLOCKS_PER_SHARD,
@@ -56,7 +57,8 @@ class StoreWriter:
     """The store's folder and manifest, as the builder changes them. Nothing is created before the first shard.
 
     `description` is the head of the manifest; `before_first_shard()` and, after each shard, `on_shard(split)` are
-    called.
+    called. The documents of the first `held_out_files` sections of the stream are the validation set, where the
+    description does not say how many documents are.
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class StoreWriter:
         description: dict,
         before_first_shard: Callable[[], None] = lambda: None,
         on_shard: Callable[[str], None] = lambda split: None,
+        held_out_files: int = 0,
     ):
         self.folder = folder
+        self.held_out_files = held_out_files
         self.before_first_shard = before_first_shard
         self.on_shard = on_shard
         self.block_size = description["block_size"]
@@ -105,7 +109,10 @@ class StoreWriter:
 
     def count_held_out(self, piece: Encoded, documents_before: int) -> int:
         """How many documents of `piece` are of the validation set."""
-        return min(max(self.manifest["validation_documents"] - documents_before, 0), len(piece.lengths))
+        in_all = self.manifest["validation_documents"]
+        if in_all is None:
+            return len(piece.lengths) if piece.position.file < self.held_out_files else 0
+        return min(max(in_all - documents_before, 0), len(piece.lengths))
 
     def write_shard(self, split: str, tokens: np.ndarray, end: TokenPosition) -> None:
         """Write `tokens`, a multiple of the block size, as the next shard of `split`, and list it in the manifest.
@@ -231,9 +238,9 @@ def check_validation(writer: StoreWriter, validation: TokenBuffer) -> None:
     """Raises `InputError` where the validation documents are shorter than one block."""
     if not writer.shards("validation") and validation.size < writer.block_size:
         raise InputError(
-            f"{writer.source_name}: the {writer.manifest['validation_documents']} validation documents are "
+            f"{writer.source_name}: the {writer.validation_documents} validation documents are "
             f"{validation.size} tokens, shorter than one block of {writer.block_size}; "
-            "raise validation_documents or lower block_size"
+            f"{more_or_less(writer)[0]} or lower block_size"
         )
 
 
@@ -241,14 +248,22 @@ def check_training(writer: StoreWriter, train: TokenBuffer, documents: int, empt
     """Raises `InputError` where the whole stream holds no training block."""
     if documents == 0:
         raise InputError(f"{writer.source_name}: no document with text in it ({empty} empty ones)")
-    held_out = writer.manifest["validation_documents"]
-    if documents <= held_out and not writer.shards("train"):
+    held_out = writer.validation_documents
+    if documents == held_out and not writer.shards("train"):
         raise InputError(
-            f"{writer.source_name}: {documents} documents, of which validation_documents: {held_out} are held out, "
-            "leave none to train on; lower validation_documents"
+            f"{writer.source_name}: {documents} documents, all of which are held out for validation, leave none to "
+            f"train on; {more_or_less(writer)[1]}"
         )
     if not writer.shards("train") and train.size < writer.block_size:
         raise InputError(
             f"{writer.source_name}: the {documents - held_out} training documents are {train.size} tokens, shorter "
-            f"than one block of {writer.block_size}; lower block_size or validation_documents"
+            f"than one block of {writer.block_size}; lower block_size, or {more_or_less(writer)[1]}"
         )
+
+
+def more_or_less(writer: StoreWriter) -> tuple[str, str]:
+    """What to do for more documents in the validation set, and for fewer."""
+    if "validation_files" in writer.manifest["source"]:
+        return "give more validation_files", "give fewer validation_files"
+    key = "validation_share" if "validation_share" in writer.manifest["source"] else "validation_documents"
+    return f"raise {key}", f"lower {key}"

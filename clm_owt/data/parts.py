@@ -24,7 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from clm_owt.data.documents import Position, count_files, read_documents
+from clm_owt.data.corpus import Position
+from clm_owt.data.documents import count_files, read_documents
 from clm_owt.data.encoding import Encoder
 from clm_owt.data.sources import Source
 from clm_owt.data.tokenizer_files import TokenizerFolder

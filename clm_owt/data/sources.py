@@ -38,6 +38,8 @@ class Source:
     packages: tuple[tuple[str, str], ...] = ()
     text_column: str = "text"
     text_documents: str = "paragraph"
+    validation_files: int = 0  # so many of `files`, the first ones, are the validation set
+    validation_share: float | None = None
 
     def identity(self) -> dict:
         """What the content depends on: the digests of files but not their paths, the commit but not its name."""
@@ -48,7 +50,7 @@ class Source:
     def to_dict(self) -> dict:
         """All fields, but those that later versions added only where they are set: else the names and the manifests of
         stores that earlier ones wrote would change."""
-        added = ("text_documents",)
+        added = ("text_documents", "validation_files", "validation_share")
         defaults = {field.name: field.default for field in fields(self)}
         return {name: v for name, v in asdict(self).items() if name not in added or v != defaults[name]}
 
@@ -76,15 +78,24 @@ def resolve_source(recipe: Recipe) -> Source:
     name = recipe.dataset_name
     if name == PYTHON_DOCS:
         versions = [(package, metadata.version(package)) for package in python_docs.PACKAGES]
-        return Source(name, packages=(("python", sys.version.split()[0]), *versions))
+        packages = (("python", sys.version.split()[0]), *versions)
+        return Source(name, packages=packages, validation_share=recipe.validation_share)
     if name in FILE_FORMATS:
-        paths = expand_files(recipe.data_files or (), name)
+        held_out = expand_files("validation_files", recipe.validation_files or (), name)
+        others = [file for file in expand_files("data_files", recipe.data_files or (), name) if file not in held_out]
+        if not others:
+            raise InputError(
+                "data_files: all of them are validation_files, which leaves none to train on; name others"
+            )
+        paths = held_out + others
         digests = [with_retries(lambda path=path: file_digest(path, recipe)) for path in paths]
         return Source(
             name,
             files=tuple(zip(paths, digests, strict=True)),
             text_column=recipe.text_column,
             text_documents=recipe.text_documents,
+            validation_files=len(held_out),
+            validation_share=recipe.validation_share,
         )
     return Source(
         name,
@@ -97,9 +108,9 @@ def resolve_source(recipe: Recipe) -> Source:
     )
 
 
-def expand_files(patterns: tuple[str, ...], file_format: str) -> list[str]:
+def expand_files(key: str, patterns: tuple[str, ...], file_format: str) -> list[str]:
     """Absolute paths (sorted within a folder or glob) and URLs, in the order of the patterns; no file twice. Raises
-    `InputError` for a pattern that matches no file."""
+    `InputError` that names the recipe's `key` for a pattern that matches no file."""
     files = []
     for pattern in patterns:
         if is_url(pattern):
@@ -107,7 +118,7 @@ def expand_files(patterns: tuple[str, ...], file_format: str) -> list[str]:
             continue
         found = matching_files(pattern, file_format)
         if not found:
-            raise InputError(no_match("data_files", pattern, file_format))
+            raise InputError(no_match(key, pattern, file_format))
         files += [str(Path(path).absolute()) for path in found]
     return list(dict.fromkeys(files))
 

@@ -2,8 +2,8 @@
 
 A store is a folder of Arrow files and `manifest.json`. Each document's ids are followed by one end-of-text id;
 documents lie end to end, across shard boundaries too, cut into blocks of `block_size`; only the last incomplete
-block is dropped. The first `validation_documents` non-empty documents are the validation split, the rest the
-training split. To look into one:
+block is dropped. The head of the stream of documents is the validation split, the rest the training split: its first
+`validation_documents` that are not empty, or what the other validation keys put there. To look into one:
 
     from datasets import Dataset
     shard = Dataset.from_file(f"{folder}/train-00000.arrow")
@@ -48,7 +48,7 @@ def store_identity(
     source: Source,
     tokenizer_sha256: str,
     block_size: int,
-    validation_documents: int,
+    validation_documents: int | None,
     format_version: int = FORMAT_VERSION,
 ) -> dict:
     """Everything that the content of a token store depends on."""

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clm_owt.data.documents import read_documents
+from clm_owt.data.corpus import Position
+from clm_owt.data.documents import count_held_out_files, read_documents
 from clm_owt.data.retries import with_retries
 from clm_owt.data.sources import Source
 from clm_owt.errors import InputError, one_line
@@ -161,13 +162,13 @@ def download_tokenizer(name: str, folder: Path) -> None:
         (folder / "commit").write_text(path.parent.name)  # the cache's layout: snapshots/<commit>/<file>
 
 
-def training_texts(source: Source, validation_documents: int, max_bytes: int = TRAINING_BYTES) -> Iterator[str]:
+def training_texts(source: Source, validation_documents: int | None, max_bytes: int = TRAINING_BYTES) -> Iterator[str]:
     """The documents after the validation ones, empty ones left out, until they are `max_bytes` long."""
     documents = size = 0
-    for _, texts in read_documents(source):
+    for _, texts in read_documents(source, Position(count_held_out_files(source))):
         for text in filter(None, texts.to_pylist()):
             documents += 1
-            if documents > validation_documents:
+            if documents > (validation_documents or 0):
                 yield text
                 size += len(text.encode())
                 if size >= max_bytes:

@@ -17,7 +17,7 @@ from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.planning.devices import Hardware
 from clm_owt.planning.memory import count_parameters, optimizer_bytes, step_memory
 from clm_owt.planning.step_time import SLOWEST, step_seconds
-from clm_owt.recipe import Recipe
+from clm_owt.recipe import Recipe, show
 from clm_owt.schedule import schedule_problems
 
 # The guide's base for scaling rates with the batch: 6e-4 at 32 blocks.
@@ -226,18 +226,25 @@ def find_warnings(
             f"{parameters / 1e6:,.0f} M parameters ({published[2]}); try {published[1]:g} and below in a sweep first "
             "(recipes/sweeps/)"
         )
+    key = recipe.validation_key
+    held_out = (
+        show(getattr(recipe, key)) if recipe.validation_documents is None else f"{recipe.validation_documents:,}"
+    )
     if data.validation_blocks:
         tokens = data.validation_blocks * (recipe.block_size - 1)
         error = TOKEN_LOSS_DEVIATION / math.sqrt(tokens)
         if error > COARSE_VALIDATION:
-            needed = math.ceil(recipe.validation_documents * (error / COARSE_VALIDATION) ** 2)
+            times = (error / COARSE_VALIDATION) ** 2
+            mend = f"it takes {times:.2g} times as many"
+            if recipe.validation_documents is not None:
+                mend = f"raise it to {math.ceil(recipe.validation_documents * times):,}"
             warnings.append(
-                f"validation_documents: {recipe.validation_documents:,} give {tokens:,} predicted tokens, and a loss "
-                f"good to about {error:.2g} nats; raise it to {needed:,} for {COARSE_VALIDATION:g}"
+                f"{key}: {held_out} give {tokens:,} predicted tokens, and a loss good to about {error:.2g} nats; "
+                f"{mend} for {COARSE_VALIDATION:g}"
             )
     if evaluation_share is not None and evaluation_share > COSTLY_EVALUATION:
         once = data.validation_blocks / 3 / recipe.effective_batch_size
-        mend = f"lower validation_documents ({recipe.validation_documents:,})"
+        mend = f"lower {key} ({held_out})" if key != "validation_files" else "give fewer validation_files"
         if total_steps > recipe.eval_steps:  # else it is validated at both ends only
             mend = f"raise eval_steps ({recipe.eval_steps:,}), or {mend}"
         warnings.append(

@@ -51,7 +51,7 @@ def card_metadata(recipe: dict[str, Any], repo_id: str, validations: Sequence[Ro
             "task_type": "text-generation",
             "task_name": "Causal language modeling",
             "dataset_type": dataset,
-            "dataset_name": f"{dataset}, its first {recipe['validation_documents']:,} documents (held out)",
+            "dataset_name": f"{dataset}, {describe_held_out(recipe)} (held out)",
             "dataset_config": recipe["dataset_config_name"],
             "dataset_split": recipe["dataset_split"],
         }
@@ -74,6 +74,14 @@ def card_metadata(recipe: dict[str, Any], repo_id: str, validations: Sequence[Ro
         tags=["gpt2", "causal-lm", "clm_owt"],
         eval_results=results or None,
     )
+
+
+def describe_held_out(recipe: dict[str, Any]) -> str:
+    if recipe.get("validation_share"):
+        return f"the last {recipe['validation_share']:g} of its text"
+    if recipe.get("validation_files"):
+        return "files of their own"
+    return f"its first {recipe['validation_documents']:,} documents"
 
 
 def introduction(run: RunRecord, step: int) -> str:

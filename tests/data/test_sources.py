@@ -10,7 +10,8 @@ import pytest
 from support.hub_server import HubServer
 
 from clm_owt.data.building import build
-from clm_owt.data.documents import Position, read_documents
+from clm_owt.data.corpus import Position
+from clm_owt.data.documents import read_documents
 from clm_owt.data.sources import Source, remember_refs, resolve_source
 from clm_owt.errors import InputError
 from clm_owt.recipe import Recipe

@@ -12,18 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.runs import write_json_lines
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from clm_owt.data import parts
 from clm_owt.data.builder import Builder
-from clm_owt.data.building import build, encode_parts
-from clm_owt.data.documents import Position
+from clm_owt.data.building import build, encode_parts, find_missing_parts
+from clm_owt.data.corpus import Position
+from clm_owt.data.documents import count_files
+from clm_owt.data.encoding import Encoder
 from clm_owt.data.order import TrainingBlocks
 from clm_owt.data.packing import StoreWriter, write_store
-from clm_owt.data.parts import Encoded, groups_of_documents, with_end_of_text
-from clm_owt.data.sources import resolve_source
-from clm_owt.data.token_store import TokenStore
-from clm_owt.data.tokenizer_files import load_tokenizer, tokenizer_folder
+from clm_owt.data.parts import Encoded, Parts, encode_documents, groups_of_documents, with_end_of_text
+from clm_owt.data.sources import Source, resolve_source
+from clm_owt.data.token_store import TokenStore, store_folder
+from clm_owt.data.tokenizer_files import TokenizerFolder, load_tokenizer, tokenizer_folder
 from clm_owt.errors import InputError
 from clm_owt.recipe import Recipe
 
@@ -183,6 +186,74 @@ def test_a_store_of_settings_that_were_always_there_keeps_its_name_and_its_bytes
     assert tokenizer_folder(trained, resolve_source(trained)).name == "bpe-300-33dd89426811d2e5"
 
 
+def split_texts(store: TokenStore) -> tuple[str, str]:
+    """What the blocks of both splits say, | for the end of a document."""
+    splits = (split.read(range(len(split))).reshape(-1) for split in (store.validation, store.train))
+    validation, train = ("".join("|" if token == 256 else chr(token) for token in split) for split in splits)
+    return validation, train
+
+
+BOOK = "".join(f"line {number}\n" for number in range(10, 30))  # 20 lines of 8 bytes
+
+
+@pytest.mark.parametrize(
+    ("share", "first_line"),
+    [(0.25, 25), (0.26, 25), (0.24, 26), (0.001, None), (0.046, None), (0.05, 29), (0.99, 11)],
+)
+def test_a_share_of_one_document_is_its_last_lines(recipe_for, tmp_path, share, first_line):
+    """The share is cut to whole lines, never more than it says; where it has none, there is nothing to validate on."""
+    file = tmp_path / "book.txt"
+    file.write_text(BOOK)
+    settings = {"dataset_name": "text", "text_documents": "file", "data_files": (str(file),), "block_size": 2}
+    recipe = recipe_for(**settings, validation_documents=None, validation_share=share)
+    if first_line is None:
+        with pytest.raises(InputError, match="raise validation_share or lower block_size"):
+            built(recipe)
+        return
+    store = built(recipe)
+    at = BOOK.index(f"line {first_line}")
+    assert split_texts(store) == (BOOK[at:], BOOK[:at])  # and an end-of-text id each, half a block
+    assert store.documents == {"validation": 1, "train": 1, "empty": 0}
+
+
+def test_a_share_of_many_documents_is_the_end_of_the_text(recipe_for, tmp_path):
+    """Counted in bytes, over all files, in which the file and the document at the border are cut: 24 of 80 bytes."""
+    texts = [
+        ["a b c d", "", "efgh ijkl mnop qrst uvwx"],
+        ["é" * 10 + " yyyyyyyy z", "", "end of all", "last"],
+        ["too!"],
+    ]
+    for name, of_file in zip("abc", texts, strict=True):
+        write_json_lines(tmp_path / f"{name}.jsonl", of_file)
+    files = {"dataset_name": "json", "data_files": (str(tmp_path / "*.jsonl"),), "block_size": 1}
+    store = built(recipe_for(**files, validation_documents=None, validation_share=0.3))
+    validation, train = split_texts(store)
+    assert validation == "z|end of all|last|too!|"
+    assert train.encode("latin-1").decode() == "a b c d|efgh ijkl mnop qrst uvwx|" + "é" * 10 + " yyyyyyyy |"
+    assert store.documents == {"validation": 4, "train": 3, "empty": 2}
+
+
+def test_validation_files_are_held_out_also_where_data_files_name_them(recipe_for, tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"{name}1\n\n{name}2")
+    files = {"dataset_name": "text", "data_files": (str(tmp_path / "*.txt"),), "block_size": 3}
+    by_files = recipe_for(**files, validation_documents=None, validation_files=(str(tmp_path / "b.txt"),))
+    store = built(by_files)
+    assert split_texts(store) == ("b1|b2|", "a1|a2|c1|c2|")
+    assert built(recipe_for(**files, validation_documents=2)).folder != store.folder
+    with pytest.raises(InputError, match="data_files: all of them are validation_files"):
+        resolve_source(dataclasses.replace(by_files, validation_files=(str(tmp_path),)))
+
+
+@pytest.mark.parametrize("key", ["validation_share", "validation_files"])
+def test_an_error_behind_the_border_names_the_row_of_the_file(held_out_by, tmp_path, key):
+    recipe = held_out_by(key)
+    with (tmp_path / "c.jsonl").open("ab") as file:
+        file.write(b'{"text": "a\xff"}\n')
+    with pytest.raises(InputError, match=r"c\.jsonl: row 900, column 'text': not UTF-8 \(byte 1 is 0xff"):
+        built(recipe)
+
+
 # interruptions
 
 
@@ -207,11 +278,61 @@ def test_the_validation_documents_are_counted_before_the_first_training_shard_is
     assert built(recipe).counts()["validation_documents"] == 70
 
 
-def test_a_build_interrupted_after_any_shard_continues_to_the_same_bytes(recipe_for, tmp_path, monkeypatch):
+@pytest.fixture
+def held_out_by(recipe_for, tmp_path):
+    """Recipes whose validation set is the same 900 or so of 4,000 documents at the end of the text, in two files."""
+
+    def make(key: str, **settings) -> Recipe:
+        documents = words(4000)
+        for name, of_file in (("a", documents[:2500]), ("b", documents[2500:3100]), ("c", documents[3100:])):
+            write_json_lines(tmp_path / f"{name}.jsonl", of_file)
+        held_out = {
+            "validation_documents": 900,
+            "validation_share": 0.225,
+            "validation_files": (str(tmp_path / "c.jsonl"),),
+        }
+        ways = {"validation_documents": None, key: held_out[key]}
+        files = {"dataset_name": "json", "data_files": (str(tmp_path / "*.jsonl"),)}
+        return recipe_for(**files | {"block_size": 8} | ways | settings)
+
+    return make
+
+
+def write_parts_here(recipe: Recipe, source: Source, files: range) -> None:
+    """What `encode_parts` does in other processes."""
+    encode_parts(recipe, source, range(0))  # makes the tokenizer
+    tokenizer = TokenizerFolder(tokenizer_folder(recipe, source))
+    for file in reversed(files):
+        encoded = encode_documents(source, Encoder(tokenizer), Position(file), file + 1)
+        Parts(store_folder(recipe, source, tokenizer)).write(file, encoded)
+
+
+@pytest.mark.parametrize(
+    ("key", "write_parts"),
+    [
+        ("validation_documents", write_parts_here),
+        ("validation_share", encode_parts),
+        ("validation_files", write_parts_here),
+    ],
+)
+def test_parts_are_packed_to_the_same_bytes_whatever_holds_out_the_validation_set(
+    held_out_by, tmp_path, key, write_parts
+):
+    settings = {"train_tokenizer_vocab_size": 300, "tokenizer_name": None}
+    whole = built(held_out_by(key, **settings))
+    recipe = held_out_by(key, **settings, data_cache_dir=str(tmp_path / "parts"))
+    source = resolve_source(recipe)
+    write_parts(recipe, source, range(count_files(source)))
+    assert find_missing_parts(recipe, source) == []
+    assert contents(built(recipe).folder) == contents(whole.folder)
+    assert whole.counts()["validation_documents"] in range(790, 901)
+
+
+@pytest.mark.parametrize("key", ["validation_documents", "validation_share", "validation_files"])
+def test_a_build_interrupted_after_any_shard_continues_to_the_same_bytes(held_out_by, tmp_path, monkeypatch, key):
     monkeypatch.setattr(parts, "ENCODED_BYTES", 50_000)
-    documents = words(4000)
-    whole = built(recipe_for(documents, block_size=8, validation_documents=900)).folder
-    recipe = recipe_for(documents, block_size=8, validation_documents=900, data_cache_dir=str(tmp_path / "again"))
+    whole = built(held_out_by(key)).folder
+    recipe = held_out_by(key, data_cache_dir=str(tmp_path / "again"))
     source = resolve_source(recipe)
 
     def stop(split):
@@ -379,9 +500,12 @@ def test_bad_input_reaches_the_training_process_with_its_message(recipe_for):
     assert not left_behind(recipe.data_cache_dir)
 
 
-def test_the_trained_tokenizer_sees_only_training_documents(recipe_for):
+@pytest.mark.parametrize("way", [{"validation_documents": 20}, {"validation_share": 0.45}])
+def test_the_trained_tokenizer_sees_only_training_documents(recipe_for, way):
     documents = ["qqqq qqqq qqqq qqqq"] * 20 + ["zwzw zwzw zwzw zwzw zwzw"] * 20
-    store = built(recipe_for(documents, validation_documents=20, train_tokenizer_vocab_size=260, block_size=4))
+    documents = documents if "validation_documents" in way else documents[::-1]
+    way = {"validation_documents": None} | way
+    store = built(recipe_for(documents, **way, train_tokenizer_vocab_size=260, block_size=4))
     vocabulary = load_tokenizer(store.tokenizer.folder).get_vocab()
     assert "zw" in vocabulary and "qq" not in vocabulary
 

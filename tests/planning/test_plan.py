@@ -281,6 +281,8 @@ def test_a_validation_set_too_small_for_the_precision_it_is_read_at_is_warned_of
     [text] = warnings(tiny(), Data(9, 1000, 5000, 24))
     assert text.startswith("validation_documents: 1,000 give 24,576 predicted tokens, and a loss good to about 0.02")
     assert "raise it to 1,042" in text  # 1000 · 25,600 / 24,576
+    [text] = warnings(tiny(dataset_name="python-docs", validation_share=0.01), Data(9, 1000, 5000, 5))
+    assert text.startswith("validation_share: 0.01 give 5,120 predicted tokens") and "5 times as many for 0.02" in text
 
 
 def test_evaluations_that_cost_over_a_twentieth_of_the_run_are_warned_of():

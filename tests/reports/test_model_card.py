@@ -52,6 +52,16 @@ def test_the_card_has_the_optimizer_also_of_an_older_recipe(folder):
     assert line.split("|")[2].strip() == ("AdamW, β 0.9 / 0.95, ε 1e-08, weight decay 0.1, gradients clipped at 1")
 
 
+def test_the_card_says_what_was_held_out(folder):
+    def held_out() -> str:
+        return model_card(folder, "me/tiny", step=40).data.eval_results[0].dataset_name
+
+    assert held_out() == "json, its first 1,000 documents (held out)"
+    recipe = (folder / "recipe.yaml").read_text().replace("validation_share: null", "validation_share: 0.1")
+    (folder / "recipe.yaml").write_text(recipe.replace("validation_documents: 1000", "validation_documents: null"))
+    assert held_out() == "json, the last 0.1 of its text (held out)"
+
+
 def test_the_table_of_validations_is_short_and_ends_with_the_last(folder):
     lines = model_card(folder, "me/tiny", step=40).text.splitlines()
     start = lines.index("| step | tokens | validation loss | perplexity |")

@@ -1,4 +1,4 @@
-"""Build a recipe's token store ahead of its run, check it, share it.
+"""Build a recipe's token store ahead of its run, check it, share it; list and remove the stores that there are.
 
 python scripts/prepare_data.py --recipe recipes/owt_512.yaml --num_workers 8
 python scripts/prepare_data.py --recipe recipes/owt_512.yaml --part 2/8      one of 8 jobs, on any machine
@@ -7,6 +7,8 @@ python scripts/prepare_data.py --recipe recipes/owt_512.yaml --verify
 python scripts/prepare_data.py --recipe recipes/owt_512.yaml --export nanogpt --export_dir data/openwebtext
 python scripts/prepare_data.py --recipe recipes/owt_512.yaml --upload_to me/owt-tokens
 python scripts/prepare_data.py --recipe recipes/owt_512.yaml --download_from me/owt-tokens
+python scripts/prepare_data.py --list
+python scripts/prepare_data.py --prune 30       those that no run has read for 30 days
 
 The store is the same byte for byte in one piece, by several workers or in parts. Interrupted, the same command goes
 on. A worker encodes a file of the dataset at a time, so that a dataset of one file gains nothing by workers or parts.
@@ -32,18 +34,20 @@ import numpy as np
 from clm_owt.console import print_lines
 from clm_owt.data.building import build, encode_parts, find_missing_parts
 from clm_owt.data.documents import count_files
+from clm_owt.data.kept_stores import KeptStore, kept_stores, prune
 from clm_owt.data.shared_store import download_store, upload_store
 from clm_owt.data.sources import Source, resolve_source
 from clm_owt.data.token_store import TokenStore
-from clm_owt.errors import InputError, RunFailed, exit_with
+from clm_owt.errors import InputError, RecipeError, RunFailed, exit_with
 from clm_owt.files import replacing
-from clm_owt.formatting import format_bytes, format_duration
+from clm_owt.formatting import format_bytes, format_duration, text_table
 from clm_owt.planning.plan import block_bytes, disk_problems, find_disk
-from clm_owt.recipe import Recipe
-from clm_owt.recipe_reader import load_recipe
+from clm_owt.recipe import Recipe, default_of
+from clm_owt.recipe_reader import load_recipe, parse_command_line
 
 # On so many cores, workers were not faster than one process for less than a gigabyte of local text (docs/data.md).
 FEW_CORES = 2
+UNUSED_DAYS = 30
 NANOGPT_FILES = {"train": "train.bin", "validation": "val.bin"}
 
 
@@ -115,6 +119,51 @@ def prepare(options: argparse.Namespace, recipe: Recipe) -> None:
     if options.upload_to:
         upload_store(store, options.upload_to, options.private)
         print_lines(f"Uploaded to {options.upload_to}; take it with --download_from {options.upload_to}")
+
+
+def find_cache(recipe_options: list[str]) -> Path:
+    """The `data_cache_dir` of these options, with which no recipe need be given."""
+    given, problems = parse_command_line(recipe_options)
+    if given.recipe:
+        cache = load_recipe(recipe_options).data_cache_dir
+    elif problems:
+        raise RecipeError(problems)
+    else:
+        cache = " ".join(given.data_cache_dir[-1]) if given.data_cache_dir else default_of("data_cache_dir")
+    return Path(cache).expanduser()
+
+
+def list_stores(cache: Path) -> None:
+    stores = kept_stores(cache)
+    if not stores:
+        return print_lines(f"There are no token stores in {cache}")
+    rows = [
+        (
+            store.folder.name,
+            format_bytes(store.size),
+            "in use" if store.in_use() else show_day(store),
+            store.describe(),
+        )
+        for store in stores
+    ]
+    in_all = format_bytes(sum(store.size for store in stores))
+    print_lines(
+        f"Token stores in {cache / 'stores'}, {in_all}", text_table(("store", "size", "last used", "holds"), rows)
+    )
+
+
+def prune_stores(cache: Path, days: float) -> None:
+    """Remove what was not used for `days` days, and say what became of each store."""
+    freed = 0
+    for store, outcome in prune(cache, days):
+        freed += store.size if outcome == "removed" else 0
+        size = format_bytes(store.size)
+        print_lines(f"{outcome:<8} {store.folder.name}: {size}, last used {show_day(store)}; {store.describe()}")
+    print_lines(f"Freed {format_bytes(freed)} in {cache / 'stores'}")
+
+
+def show_day(store: KeptStore) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(store.last_used))
 
 
 def useful_workers(num_workers: int, source: Source) -> int:
@@ -223,6 +272,12 @@ def parse_positive(text: str) -> int:
     return int(text)
 
 
+def parse_days(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} does not work; expected a number of days, such as {UNUSED_DAYS}")
+    return float(text)
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -233,13 +288,24 @@ def main(argv: list[str]) -> None:
     what.add_argument("--merge", action="store_true", help="build the store from parts, all of which must be there")
     what.add_argument("--verify", action="store_true", help="read every shard of the store and check it")
     what.add_argument("--download_from", metavar="REPO", help="take the store from this dataset on the Hub")
+    what.add_argument("--list", action="store_true", help="list the stores in data_cache_dir; needs no recipe")
+    what.add_argument(
+        "--prune", type=parse_days, nargs="?", const=UNUSED_DAYS, metavar="DAYS",
+        help="remove the stores in data_cache_dir that were not used for so many days (default: "
+        f"{UNUSED_DAYS}; 0: all that are not in use); needs no recipe",
+    )  # fmt: skip
     parser.add_argument("--export", choices=["nanogpt"], help="write the store as train.bin and val.bin")
     parser.add_argument("--export_dir", type=Path, default=Path("."), help="folder of the exported files")
     parser.add_argument("--upload_to", metavar="REPO", help="upload the store as this dataset on the Hub")
     parser.add_argument("--private", action="store_true", help="create the dataset as private")
     options, recipe_options = parser.parse_known_args(argv)
     try:
-        prepare(options, load_recipe(recipe_options))
+        if options.list:
+            list_stores(find_cache(recipe_options))
+        elif options.prune is not None:
+            prune_stores(find_cache(recipe_options), options.prune)
+        else:
+            prepare(options, load_recipe(recipe_options))
     except InputError as error:
         exit_with(error)
     except RunFailed as error:

@@ -233,6 +233,8 @@ EXPECTED = [
     (r".*--push_to_hub", "Uploaded step 12 to me/gpt2-owt, revision step-00000012"),
     (r".*--verify", "Verified: "),
     (r".*--part 2/8", "Part 2/8: 1 of 4 files"),
+    (r".*--list", "oken stores in "),
+    (r".*--prune", "Freed 0 bytes in "),
     (r".*--(num_workers|merge|upload_to|download_from)", "Token store .*"),
     (r".*evaluate_model.py", r"loss \d+\.\d+  perplexity"),
     (r".*sample.py(?!.* > )", "Returns the"),

@@ -12,5 +12,6 @@
 
 `building` leads the documents of a recipe through these to a complete store, under its `store_lock`; `builder` does so
 in a process beside the training. `python_docs` is the built-in corpus, `retries` what is done about servers that fail
-for a while, `shared_store` a store on the Hub, `ngrams` the baselines that a trained model is compared with.
+for a while, `shared_store` a store on the Hub, `kept_stores` those on this machine, `ngrams` the baselines that a
+trained model is compared with.
 """

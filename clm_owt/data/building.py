@@ -76,7 +76,7 @@ def encode_parts(
     tokenizer = TokenizerFolder(tokenizer_folder(recipe, source))
     parts = Parts(store_folder(recipe, source, tokenizer))
     if parts.missing(files):
-        with EncodingProcesses(num_workers, parts, source, tokenizer, on_encoded) as processes:
+        with parts.in_use(), EncodingProcesses(num_workers, parts, source, tokenizer, on_encoded) as processes:
             for _ in processes.encode(files):
                 pass
     return parts

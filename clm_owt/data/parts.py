@@ -5,6 +5,7 @@ several machines: a part file holds what encoding one file of the source gives, 
 """
 
 import collections
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -28,6 +29,7 @@ from clm_owt.data.corpus import Position
 from clm_owt.data.documents import count_files, read_documents
 from clm_owt.data.encoding import Encoder
 from clm_owt.data.sources import Source
+from clm_owt.data.store_lock import shared_lock
 from clm_owt.data.tokenizer_files import TokenizerFolder
 from clm_owt.errors import InputError, RunFailed, one_line
 from clm_owt.files import replacing
@@ -104,17 +106,29 @@ def with_end_of_text(ids: np.ndarray, lengths: np.ndarray, eos_token_id: int, dt
     return tokens
 
 
+PARTS_SUFFIX = ".parts"
+IN_USE = "in_use"  # a file that processes hold a lock on while they write parts beside it
+
+
 class Parts:
     """The part files beside a store: `00012.arrow` is what encoding file 12 of the source gave, a row a document."""
 
     def __init__(self, store: Path):
-        self.folder = store.with_name(store.name + ".parts")
+        self.folder = store.with_name(store.name + PARTS_SUFFIX)
 
     def file(self, index: int) -> Path:
         return self.folder / f"{index:05d}.arrow"
 
     def missing(self, files: range) -> list[int]:
         return [index for index in files if not self.file(index).is_file()]
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The block writes parts here: nobody removes them."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / IN_USE).touch()
+        with shared_lock(self.folder / IN_USE) or contextlib.nullcontext():
+            yield
 
     def write(self, index: int, encoded: Iterator[Encoded]) -> None:
         """Write part `index`, which has its name only when it is complete. Raises OSError where the disk is full."""

@@ -10,18 +10,23 @@ block is dropped. The head of the stream of documents is the validation split, t
     tokenizer.decode(shard[0]["input_ids"])
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+import math
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import xxhash
 
 from clm_owt.data.sources import Source
+from clm_owt.data.store_lock import shared_lock
 from clm_owt.data.tokenizer_files import TokenizerFolder, tokenizer_folder
 from clm_owt.errors import InputError
 from clm_owt.recipe import Recipe
@@ -31,6 +36,7 @@ FORMAT_VERSION = 1
 SPLITS = ("validation", "train")
 COLUMN = "input_ids"
 POLL_SECONDS = 0.1
+NOTED_SECONDS = 3600
 
 # Called over and over during a wait, with what is waited for; whatever it raises ends the wait.
 Check = Callable[[str], None]
@@ -104,6 +110,7 @@ class Split:
 
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Blocks `rows`, as int64 [len(rows), block_size]."""
+        self.store.note_use()
         rows = np.asarray(rows, np.int64)
         shards, inside = np.divmod(rows, BLOCKS_PER_SHARD)
         blocks = np.empty((len(rows), self.store.block_size), np.int64)
@@ -144,6 +151,8 @@ class TokenStore:
         self.folder: Path | None = None  # known once the tokenizer is there
         self.tokenizer: TokenizerFolder | None = None
         self.manifest: dict | None = None
+        self.in_use: BinaryIO | None = None  # the lock on its first shard, against its removal
+        self.used_at = -math.inf
         self.validation = Split(self, "validation")
         self.train = Split(self, "train")
 
@@ -159,6 +168,16 @@ class TokenStore:
         """Read the manifest again, unless it is known to be complete."""
         if self.find() and not (self.manifest and self.manifest["complete"]):
             self.manifest = read_manifest(self.folder) or self.manifest
+        if self.in_use is None and self.manifest and self.manifest["validation"]["complete"]:
+            self.in_use = shared_lock(self.folder / shard_name("validation", 0))
+            self.note_use()
+
+    def note_use(self) -> None:
+        """Let the manifest's time be that of the last use, to an hour."""
+        if time.monotonic() - self.used_at > NOTED_SECONDS:
+            self.used_at = time.monotonic()
+            with contextlib.suppress(OSError):  # another user's store
+                os.utime(self.folder / "manifest.json")
 
     @property
     def complete(self) -> bool:

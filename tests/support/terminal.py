@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pty
+import select
 import signal
 import threading
 import time
@@ -32,9 +33,10 @@ class Terminal:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while data := os.read(self._master, 1 << 16):
-                self.text += data.decode(errors="replace")
+        with contextlib.suppress(OSError, ValueError):  # closed
+            while True:  # never within a read: that would keep a terminal open that is being closed
+                if select.select([self._master], [], [], 0.05)[0]:
+                    self.text += os.read(self._master, 1 << 16).decode(errors="replace")
 
     def __enter__(self) -> Self:
         return self

@@ -86,9 +86,9 @@ class Recipe:
     data_files: tuple[str, ...] | None = result_key("paths, folders, globs or URLs", None)
     text_column: str = result_key("the column that holds the text", "text")
     text_documents: str = result_key("a document of text files", "paragraph", one_of(*TEXT_DOCUMENTS))
-    validation_documents: int | None = result_key("documents at the head of the stream held out", 1000, at_least(1))
-    validation_share: float | None = result_key("instead: share of the text, at its end", None, fraction("(", ")"))
-    validation_files: tuple[str, ...] | None = result_key("instead: paths, folders, globs or URLs", None)
+    validation_documents: int | None = result_key("held out to validate on: the first documents", 1000, at_least(1))
+    validation_share: float | None = result_key("held out instead: the text's last share", None, fraction("(", ")"))
+    validation_files: tuple[str, ...] | None = result_key("held out instead: paths, folders, globs or URLs", None)
     expected_train_blocks: int | None = result_key("known size of a dataset still being read", None, at_least(1))
     data_cache_dir: str = key("where token stores and trained tokenizers are kept", "~/.cache/clm_owt")
     # tokenizer

@@ -265,7 +265,7 @@ def data_problems(get: Get) -> list[str]:
     column = get("text_column")
     if dataset in ("text", PYTHON_DOCS) and column not in ("text", None):
         problems.append(
-            f"text_column: {column!r} means nothing for dataset_name {dataset}, which has no columns; remove it"
+            f"text_column: {column!r} means nothing for dataset_name {dataset}, which has no columns; leave it at text"
         )
     if get("text_documents") == "file" and dataset != "text":
         problems.append(f"text_documents: 'file' is for dataset_name text, not for {dataset}; remove it")

@@ -152,8 +152,14 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ),
         ({"text_documents": "line"}, "expected one of paragraph, file"),
         ({"text_documents": "file"}, "is for dataset_name text, not for python-docs; remove it"),
-        ({"text_column": "body"}, "means nothing for dataset_name python-docs, which has no columns; remove it"),
-        ({"dataset_name": "text", "data_files": "README.md", "text_column": "body"}, "has no columns; remove it"),
+        (
+            {"text_column": "body"},
+            "means nothing for dataset_name python-docs, which has no columns; leave it at text",
+        ),
+        (
+            {"dataset_name": "text", "data_files": "README.md", "text_column": "body"},
+            "has no columns; leave it at text",
+        ),
         ({"dataset_revision": "main"}, "cannot be used with the built-in python-docs"),
         ({"max_steps": None}, "expected max_steps or num_train_epochs"),
         ({"max_steps": None, "num_train_epochs": "1", "expected_train_blocks": "7"}, "give no whole step"),

@@ -49,7 +49,7 @@ class KeptStore:
 
     def remove(self) -> bool:
         """Remove it unless it is in use; whether it was. At no moment is there half a store of that name. Raises
-        OSError for one of another user's."""
+        OSError for one that is another user's."""
         with self.claimed() as free:
             if free:
                 aside = self.folder.with_name(self.folder.name + REMOVED)
@@ -93,9 +93,12 @@ def kept_stores(cache: Path) -> list[KeptStore]:
 
 def prune(cache: Path, days: float) -> Iterator[tuple[KeptStore, str]]:
     """Remove the stores and parts that were not used for `days` days; gives each with what became of it: `removed`,
-    `in use`, or `kept`."""
+    `in use`, or `kept`, with the reason where it could not be removed."""
     for store in kept_stores(cache):
         if time.time() - store.last_used < days * 86_400:
             yield store, "in use" if store.in_use() else "kept"
-        else:
+            continue
+        try:
             yield store, "removed" if store.remove() else "in use"
+        except OSError as error:  # another user's
+            yield store, f"kept ({error.strerror})"

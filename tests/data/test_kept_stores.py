@@ -132,6 +132,13 @@ def test_parts_are_listed_and_those_that_are_being_written_are_not_removed(tmp_p
     assert outcomes(tmp_path / "cache", 0) == {"json-1.parts": "removed"}
 
 
+def test_what_cannot_be_removed_is_kept_with_the_reason_and_the_others_go(recipe_for, tmp_path):
+    stuck, other = built(recipe_for("stuck")), built(recipe_for("other"))
+    stuck.with_name(stuck.name + ".removed").write_text("a file in the way")
+    assert outcomes(tmp_path / "cache", 0) == {stuck.name: "kept (Not a directory)", other.name: "removed"}
+    assert (stuck / "manifest.json").exists()
+
+
 def test_what_an_interrupted_removal_leaves_goes_with_the_next(recipe_for, tmp_path):
     folder = built(recipe_for("half"))
     folder.rename(folder.with_name(folder.name + ".removed"))

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
-from clm_owt.data_files import matching_files, no_match
+from clm_owt.data_files import ENDINGS, matching_files, no_match
 from clm_owt.errors import RecipeError
 from clm_owt.recipe import FIELDS, FILE_FORMATS, PYTHON_DOCS, TRACKERS, TYPES, VALIDATION_KEYS, Recipe, is_url, show
 from clm_owt.schedule import schedule_problems
@@ -251,6 +251,10 @@ def data_problems(get: Get) -> list[str]:
             for pattern in get(name) or ():
                 if not is_url(pattern) and not matching_files(pattern, dataset):
                     problems.append(no_match(name, pattern, dataset))
+    elif file_format := next((name for name, endings in ENDINGS.items() if f".{dataset}" in endings), None):
+        problems.append(
+            f"dataset_name: {dataset!r} is no format; {dataset} files are read by dataset_name {file_format}"
+        )
     elif dataset == PYTHON_DOCS:
         for name in ("data_files", "validation_files", "dataset_config_name", "dataset_revision"):
             if get(name):

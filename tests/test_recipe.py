@@ -141,6 +141,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ({"train_tokenizer_vocab_size": "256"}, "expected at least 257"),
         ({"dataset_name": "text", "data_files": "/nowhere/*.txt"}, "'/nowhere/*.txt' matches no file here"),
         ({"dataset_name": "my folder"}, "not a Hub id"),
+        ({"dataset_name": "jsonl", "data_files": "README.md"}, "jsonl files are read by dataset_name json"),
         ({"validation_share": "1"}, "expected in (0, 1)"),
         ({"validation_share": "0.1", "validation_documents": "5"}, "excludes validation_documents 5; set one of them"),
         ({"validation_documents": "none"}, "missing; expected it, validation_share or validation_files"),

@@ -2,6 +2,7 @@
 
 The store is packed from these alone, so that it is the same byte for byte whether one process encodes, several do, or
 several machines: a part file holds what encoding one file of the source gives, and is removed once it is in the store.
+Files are counted in the order of the stream, as `documents.count_files` does.
 """
 
 import collections

@@ -82,12 +82,11 @@ def resolve_source(recipe: Recipe) -> Source:
         return Source(name, packages=packages, validation_share=recipe.validation_share)
     if name in FILE_FORMATS:
         held_out = expand_files("validation_files", recipe.validation_files or (), name)
-        others = [file for file in expand_files("data_files", recipe.data_files or (), name) if file not in held_out]
-        if not others:
+        paths = list(dict.fromkeys(held_out + expand_files("data_files", recipe.data_files or (), name)))
+        if len(paths) == len(held_out):
             raise InputError(
                 "data_files: all of them are validation_files, which leaves none to train on; name others"
             )
-        paths = held_out + others
         digests = [with_retries(lambda path=path: file_digest(path, recipe)) for path in paths]
         return Source(
             name,

@@ -8,8 +8,9 @@
 
 Random blocks: neither data nor tokenizer is needed. The paths take turns, round after round, and the product of two
 2048 x 2048 matrices is timed between them, since where a machine's speed drifts only the ratios within one run mean
-anything. Options of the recipe may follow (--n_layer 4 --penalty_weight 0.01). One process, one device;
-`accelerate launch --num_processes 1 --mixed_precision bf16 scripts/benchmark.py ...` sets the precision.
+anything. Options of the recipe may follow (--n_layer 4 --penalty_weight 0.01). One process, one device, in the
+precision of `accelerate launch --num_processes 1 --mixed_precision bf16 scripts/benchmark.py ...`, or in several by
+turns: --precision no bf16.
 
     ours           clm_owt: the fused loss
     transformers   GPT2LMHeadModel as it comes, with labels; the penalty, if any, by autograd on its logits
@@ -17,6 +18,7 @@ anything. Options of the recipe may follow (--n_layer 4 --penalty_weight 0.01). 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -52,6 +54,8 @@ from clm_owt.training.checkpoint import CheckpointWriter, copy_to_host, take_sna
 from clm_owt.training.launch import find_hardware
 from clm_owt.training.processes import Processes
 
+# Of the inputs of products, by precision.
+COMPUTE_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GPT2_VOCABULARY = 50_257
 PRODUCT_SIZE = 2048
 
@@ -61,6 +65,7 @@ class Case:
     """One way to do the work, and what was measured of it. `run()` does it once and gives the seconds of its parts."""
 
     name: str
+    precision: str
     run: Callable[[], dict[str, float]]
     seconds: list[float] = field(default_factory=list)
     parts: list[dict[str, float]] = field(default_factory=list)
@@ -108,6 +113,11 @@ def create_parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--precision", nargs="+", choices=COMPUTE_TYPES, help=PRECISION_HELP)
+
+
+PRECISION_HELP = "the precision of products, or several by turns (default: that of accelerate launch; no: float32)"
 PENALTIES_HELP = "also these penalty types, beside no penalty (no value: all four), at the recipe's weight or 0.01"
 
 
@@ -126,12 +136,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
 def benchmark_step(argv: list[str]) -> None:
     """Complete optimizer steps of one micro-batch: forward, backward, clipping, optimizer."""
     parser = create_parser("step")
+    add_precision(parser)
     parser.add_argument("--micro_batch", type=int, default=1, help="blocks of a step (default: %(default)s)")
     parser.add_argument(
         "--profile", metavar="FILE", type=output_file, help="write a torch profiler trace of the first path"
     )
     options, recipe = parse(parser, argv)
     accelerator = Accelerator()
+    precisions = options.precision or [accelerator.mixed_precision]
     shape = (options.micro_batch, recipe.block_size)
     blocks = torch.randint(options.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     blocks = blocks.to(accelerator.device)
@@ -143,7 +155,9 @@ def benchmark_step(argv: list[str]) -> None:
         if path == "plain":
             model = PlainGPT2(options.vocab_size, recipe.block_size, recipe.n_layer, recipe.n_head, recipe.n_embd)
             step = TrainingStep(model.load_gpt2(weights), recipe, accelerator)
-            cases.append(Case(path, partial(step, lambda model: model(blocks))))
+            for precision in precisions:
+                name = case_name(path, precision=precision if options.precision else None)
+                cases.append(Case(name, precision, partial(step, lambda model: model(blocks), precision)))
             continue
         if path == "ours":
             model, loss = build_model(recipe, options.vocab_size, eos_token_id=0), loss_of_ours
@@ -155,8 +169,10 @@ def benchmark_step(argv: list[str]) -> None:
             if recipe.gradient_checkpointing:
                 model.activation_checkpointing_enable()
         step = TrainingStep(model, recipe, accelerator)
-        for penalty in options.penalties:
-            cases.append(Case(case_name(path, penalty), partial(step, partial(loss, blocks=blocks, penalty=penalty))))
+        for precision, penalty in itertools.product(precisions, options.penalties):
+            name = case_name(path, penalty, precision if options.precision else None)
+            work = partial(step, partial(loss, blocks=blocks, penalty=penalty), precision)
+            cases.append(Case(name, precision, work))
 
     products = measure(cases, options.rounds, accelerator)
     parameters = sum(tensor.numel() for name, tensor in weights.items() if name != "lm_head.weight")
@@ -171,7 +187,8 @@ def benchmark_step(argv: list[str]) -> None:
 
 
 class TrainingStep:
-    """One optimizer step on one micro-batch, as the training loop takes it, timed in its parts."""
+    """One optimizer step on one micro-batch, as the training loop takes it, timed in its parts. `precision`: another
+    than the accelerator's."""
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe, accelerator: Accelerator):
         self.model = model.to(accelerator.device).train()
@@ -180,9 +197,9 @@ class TrainingStep:
         self.max_grad_norm = recipe.max_grad_norm
         self.accelerator = accelerator
 
-    def __call__(self, loss_of: Callable[[torch.nn.Module], Tensor]) -> dict[str, float]:
+    def __call__(self, loss_of: Callable[[torch.nn.Module], Tensor], precision: str | None = None) -> dict[str, float]:
         clock = Clock()
-        with self.accelerator.autocast():
+        with autocast(precision or self.accelerator.mixed_precision, self.accelerator.device):
             loss = loss_of(self.model)
         clock.lap("forward")
         loss.backward()
@@ -196,6 +213,13 @@ class TrainingStep:
         del loss
         clock.lap("freeing")
         return clock.parts
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """What `Accelerator.autocast` gives in that precision."""
+    if precision == "no":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, COMPUTE_TYPES.get(precision, torch.bfloat16))  # fp8: bf16 outside of its layers
 
 
 def loss_of_ours(model: torch.nn.Module, blocks: Tensor, penalty: tuple[str, float]) -> Tensor:
@@ -232,9 +256,11 @@ def usual_config(recipe: Recipe, vocab_size: int) -> GPT2Config:
 def benchmark_head(argv: list[str]) -> None:
     """Linear head and loss alone, forward and backward, from hidden states to the gradients of both their inputs."""
     parser = create_parser("head")
+    add_precision(parser)
     parser.add_argument("--blocks", type=int, default=8, help="blocks of the recipe's length (default: %(default)s)")
     options, recipe = parse(parser, argv)
     accelerator = Accelerator()
+    precisions = options.precision or [accelerator.mixed_precision]
     torch.manual_seed(0)
     shape = (options.blocks, recipe.block_size)
     labels = torch.randint(options.vocab_size, shape).to(accelerator.device)
@@ -253,9 +279,9 @@ def benchmark_head(argv: list[str]) -> None:
         logits = F.linear(hidden, weight)
         return ForCausalLMLoss(logits, labels, options.vocab_size) + penalty_by_autograd(logits[:, :-1], *penalty)
 
-    def run(loss_of: Callable[[], Tensor]) -> dict[str, float]:
+    def run(loss_of: Callable[[], Tensor], precision: str) -> dict[str, float]:
         clock = Clock()
-        with accelerator.autocast():
+        with autocast(precision, accelerator.device):
             loss = loss_of()
         clock.lap("forward")
         loss.backward()
@@ -265,9 +291,12 @@ def benchmark_head(argv: list[str]) -> None:
 
     functions = {"ours": ours, "transformers": transformers}
     cases = [
-        Case(case_name(path, penalty), partial(run, partial(functions[path], penalty)))
-        for path in options.paths or functions
-        for penalty in options.penalties
+        Case(
+            case_name(path, penalty, precision if options.precision else None),
+            precision,
+            partial(run, partial(functions[path], penalty), precision),
+        )
+        for path, precision, penalty in itertools.product(options.paths or functions, precisions, options.penalties)
     ]
     products = measure(cases, options.rounds, accelerator)
     title = f"head and loss of {shape[0]} x {shape[1]} tokens, vocabulary {options.vocab_size}, width {recipe.n_embd}"
@@ -323,10 +352,11 @@ def benchmark_save(argv: list[str]) -> None:
         print(f"  {name:36} {statistics.median(values):6.2f}   ({', '.join(f'{v:.2f}' for v in values)})")
 
 
-def case_name(path: str, penalty: tuple[str, float]) -> str:
-    """The name of a way to do the work, with its penalty where there is one."""
+def case_name(path: str, penalty: tuple[str, float] = ("", 0.0), precision: str | None = None) -> str:
+    """The name of a way to do the work, with its penalty where there is one, and the precision that was asked for."""
     penalty_type, weight = penalty
-    return f"{path}, {penalty_type} {weight:g}" if weight else path
+    parts = [path, f"{penalty_type} {weight:g}" if weight else "", "float32" if precision == "no" else precision or ""]
+    return ", ".join(filter(None, parts))
 
 
 class Clock:
@@ -342,20 +372,20 @@ class Clock:
         self._last = now
 
 
-def measure(cases: list[Case], rounds: int, accelerator: Accelerator) -> list[float]:
+def measure(cases: list[Case], rounds: int, accelerator: Accelerator) -> dict[str, list[float]]:
     """Every case twice unmeasured, the second time for its peak memory, then `rounds` times in turn. Gives the seconds
-    of the matrix products in between, in the precision of the run."""
+    of the matrix products in between, by precision."""
     device = accelerator.device
-    a, b = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE, device=device)
-    products = []
+    factors = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE, device=device)
+    products: dict[str, list[float]] = {case.precision: [] for case in cases}
     for case in cases:
         case.run()
         case.peak_bytes = peak_bytes(case.run, device)
     for _ in range(rounds):
         for case in cases:
+            a, b = factors.to(COMPUTE_TYPES.get(case.precision, torch.bfloat16))
             for _ in range(3):
-                with accelerator.autocast():
-                    products.append(seconds(lambda: torch.mm(a, b), device))
+                products[case.precision].append(seconds(partial(torch.mm, a, b), device))
             case.seconds.append(seconds(lambda case=case: case.parts.append(case.run()), device))
     return products
 
@@ -391,7 +421,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
 def report(
     title: str,
     cases: list[Case],
-    products: list[float],
+    products: dict[str, list[float]],
     tokens: int,
     flops: float,
     accelerator: Accelerator,
@@ -401,27 +431,34 @@ def report(
     hardware = find_hardware(accelerator, Processes(accelerator))
     is_cpu, peak = hardware.device_type == "cpu", hardware.peak_flops
     threads = f", {torch.get_num_threads()} threads" if is_cpu else ""
-    product_rate = 2 * PRODUCT_SIZE**3 / statistics.median(products)
-    base = next((case for case in cases if case.name == "transformers"), cases[0])
-    print(f"{title}\n{hardware.device_name}{threads}, precision {hardware.mixed_precision}, torch {torch.__version__}")
-    print(
-        f"{options.rounds} rounds, median [least, most]; product of {PRODUCT_SIZE} x {PRODUCT_SIZE}: "
-        f"{product_rate / 1e9:,.0f} GFLOP/s [{2 * PRODUCT_SIZE**3 / max(products) / 1e9:,.0f}, "
-        f"{2 * PRODUCT_SIZE**3 / min(products) / 1e9:,.0f}]; {flops / 1e9:,.0f} GFLOP a run\n"
-    )
-    columns = ["path", "seconds", "tokens/s", f"× {base.name}", "of product rate", "peak memory"]
+    rates = {precision: 2 * PRODUCT_SIZE**3 / statistics.median(times) for precision, times in products.items()}
+    first_words = [case.name.split(",")[0] for case in cases]
+    base_path = next((path for path in ("transformers", "plain") if path in first_words), first_words[0])
+    bases = {case.precision: case for case in reversed(cases) if case.name.split(",")[0] == base_path}
+    bases = [bases[precision] for precision in products]
+    print(f"{title}\n{hardware.device_name}{threads}, precision {' '.join(products)}, torch {torch.__version__}")
+    for precision, times in products.items():
+        least, most = (2 * PRODUCT_SIZE**3 / time / 1e9 for time in (max(times), min(times)))
+        print(
+            f"product of {PRODUCT_SIZE} x {PRODUCT_SIZE}, precision {precision}: {rates[precision] / 1e9:,.0f} "
+            f"GFLOP/s [{least:,.0f}, {most:,.0f}]"
+        )
+    print(f"{options.rounds} rounds, median [least, most]; {flops / 1e9:,.0f} GFLOP a run\n")
+    columns = ["path", "seconds", "tokens/s", *(f"× {base.name}" for base in bases), "of product rate", "peak memory"]
     columns += ["outside"] * is_cpu + ["MFU"] * (peak is not None)
     rows = []
     for case in cases:
         middle = statistics.median(case.seconds)
         # Rounds hold what drifts: the ratio is the median of the rounds' own.
-        ratio = statistics.median(b / own for own, b in zip(case.seconds, base.seconds, strict=True))
+        ratios = (
+            statistics.median(b / own for own, b in zip(case.seconds, base.seconds, strict=True)) for base in bases
+        )
         row = [
             case.name,
             f"{middle:.3f} [{min(case.seconds):.3f}, {max(case.seconds):.3f}]",
             f"{tokens / middle:,.0f}",
-            f"{ratio:.2f}",
-            f"{flops / middle / product_rate:.0%}",
+            *(f"{ratio:.2f}" for ratio in ratios),
+            f"{flops / middle / rates[case.precision]:.0%}",
             "unknown" if case.peak_bytes is None else format_bytes(case.peak_bytes),
         ]
         if is_cpu:
@@ -437,7 +474,6 @@ def report(
             "title": title,
             "device": hardware.device_name,
             "threads": torch.get_num_threads(),
-            "precision": hardware.mixed_precision,
             "torch": torch.__version__,
             "tokens": tokens,
             "flops": flops,

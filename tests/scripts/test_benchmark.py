@@ -32,6 +32,21 @@ def test_steps_of_all_paths_are_measured_in_turn(recipe, tmp_path, capsys):
     assert "traceEvents" in json.loads(files["profile"].read_text())
 
 
+def test_precisions_take_turns(recipe, tmp_path, capsys):
+    file = tmp_path / "measured.json"
+    benchmark.main([*recipe, "--paths", "ours", "plain", "--precision", "no", "bf16", "--json", str(file)])
+    measured = json.loads(file.read_text())
+    names = [(case["name"], case["precision"]) for case in measured["cases"]]
+    assert names == [
+        (f"{path}, {name}", p) for path in ("ours", "plain") for name, p in (("float32", "no"), ("bf16",) * 2)
+    ]
+    assert {precision: len(times) for precision, times in measured["product_seconds"].items()} == {
+        "no": 12,
+        "bf16": 12,
+    }
+    assert "| × plain, float32 | × plain, bf16 |" in capsys.readouterr().out
+
+
 def test_all_paths_start_from_the_same_loss(recipe, monkeypatch):
     losses = []
     backward = torch.Tensor.backward

@@ -19,11 +19,12 @@ from clm_owt.model import fp8
 from clm_owt.model.gpt2 import build_model
 from clm_owt.recipe_reader import load_recipe
 from clm_owt.training import checkpoint
-from clm_owt.training.launch import create_accelerator
+from clm_owt.training.launch import create_accelerator, refuse_slow_bf16
 from clm_owt.training.optim import build_adamw
 
 CONFIGS = {  # name: (distributed type, machines, processes, precision, on a CPU)
     "cpu.yaml": ("NO", 1, 1, "no", True),
+    "cpu_bf16.yaml": ("NO", 1, 1, "bf16", True),
     "cpu_2proc.yaml": ("MULTI_GPU", 1, 2, "no", True),
     "single_gpu.yaml": ("NO", 1, 1, "bf16", False),
     "multi_gpu.yaml": ("MULTI_GPU", 1, 8, "bf16", False),
@@ -94,6 +95,28 @@ def come_up() -> None:
         create_accelerator(load_recipe(argv.split()))
     except InputError as error:
         exit_with(error)
+
+
+@pytest.mark.parametrize("has", [None, "avx512_bf16", "amx_bf16"])
+def test_bf16_on_a_cpu_that_has_no_instructions_for_it_is_refused(has, monkeypatch):
+    capabilities = dict.fromkeys(("avx512_f", "avx512_bf16", "amx_bf16"), False) | {has: True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    if has:
+        return refuse_slow_bf16()
+    with pytest.raises(InputError, match=r"^accelerate config: .* neither AVX512_BF16 nor AMX .* take no, [^\n]*$"):
+        refuse_slow_bf16()
+
+
+def test_a_run_under_bf16_is_refused_on_a_cpu_without_it(warm, tmp_path):
+    env = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}
+    job = warm.start("test_machines:come_up_without_bf16", cwd=tmp_path, env=env)
+    assert job.wait() == 2, job.text
+    assert "cpu.yaml" in job.text
+
+
+def come_up_without_bf16() -> None:
+    torch.cpu.get_capabilities = lambda: {"avx2": True}
+    come_up()
 
 
 def test_processes_that_came_up_alone_are_refused_by_the_main_command(tiny_recipe, tmp_path):

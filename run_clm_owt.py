@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from clm_owt.console import close_output, print_lines
+from clm_owt.console import close_output, print_lines, waiting
 from clm_owt.errors import InputError, RunFailed, disk_is_full, exit_with
 from clm_owt.recipe import Recipe
 from clm_owt.recipe_reader import read_command_line
@@ -26,12 +26,13 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
     The last three stand in for Processes, find_micro_batch and Trainer: by them a run can be watched and disturbed.
     """
     # Imported here, so that a bad recipe is reported without waiting for torch.
-    from clm_owt import hub
-    from clm_owt.data import builder, order, sources, token_store, tokenizer_files
-    from clm_owt.model import fp8, gpt2
-    from clm_owt.planning import plan
-    from clm_owt.tracking.run_log import RunLog
-    from clm_owt.training import launch, micro_batch_search, processes, run_folder, trainer
+    with waiting("importing torch, transformers and datasets"):
+        from clm_owt import hub
+        from clm_owt.data import builder, order, sources, token_store, tokenizer_files
+        from clm_owt.model import fp8, gpt2
+        from clm_owt.planning import plan
+        from clm_owt.tracking.run_log import RunLog
+        from clm_owt.training import launch, micro_batch_search, processes, run_folder, trainer
 
     folder = Path(recipe.output_dir)
     with contextlib.ExitStack() as stack:
@@ -96,6 +97,8 @@ def main(argv: list[str], **stand_ins: object) -> None:
     `stand_ins`: as `run` takes them."""
     try:
         recipe, plan_only = read_command_line(argv)
+        if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+            print_lines(f"{recipe.run_name}: importing torch, transformers and datasets, some seconds")
         with StopRequest().listening() as stop:
             run(recipe, plan_only, stop, **stand_ins)
     except InputError as error:

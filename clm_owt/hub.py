@@ -20,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
+from clm_owt.console import waiting
 from clm_owt.errors import InputError
 from clm_owt.files import replacing_folder
 from clm_owt.hub_client import set_timeout
@@ -43,6 +44,7 @@ def prepare_client() -> None:
     huggingface_hub.logging.set_verbosity_error()
 
 
+@waiting("looking up the repository on the Hub")
 def check_repository(recipe: Recipe) -> list[str]:
     """With `push_to_hub`, create the repository if there is none, and check that this user may write to it.
 

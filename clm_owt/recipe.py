@@ -186,6 +186,19 @@ class Recipe:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 
+# The groups of keys, each with its first one.
+GROUPS = {
+    "dataset_name": "data",
+    "tokenizer_name": "tokenizer",
+    "n_layer": "model",
+    "optimizer": "optimisation",
+    "auto_batch_size": "memory",
+    "penalty_type": "sharpness penalty",
+    "logging_steps": "intervals",
+    "sample_prompts": "samples",
+    "run_name": "run",
+}
+
 TYPES = typing.get_type_hints(Recipe)
 
 

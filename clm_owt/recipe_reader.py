@@ -22,8 +22,64 @@ import yaml
 
 from clm_owt.data_files import ENDINGS, matching_files, no_match
 from clm_owt.errors import RecipeError
-from clm_owt.recipe import FIELDS, FILE_FORMATS, PYTHON_DOCS, TRACKERS, TYPES, VALIDATION_KEYS, Recipe, is_url, show
+from clm_owt.recipe import (
+    FIELDS,
+    FILE_FORMATS,
+    GROUPS,
+    PYTHON_DOCS,
+    TRACKERS,
+    TYPES,
+    VALIDATION_KEYS,
+    Recipe,
+    is_url,
+    show,
+)
 from clm_owt.schedule import schedule_problems
+
+# What other programs (nanoGPT, transformers' Trainer, LitGPT) call the keys.
+OTHER_NAMES = {
+    "dataset": "dataset_name",
+    "tokenizer": "tokenizer_name",
+    "seq_len": "block_size",
+    "context_length": "block_size",
+    "max_seq_length": "block_size",
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "hidden_size": "n_embd",
+    "model_name_or_path": "init_from",
+    "batch_size": "effective_batch_size",
+    "global_batch_size": "effective_batch_size",
+    "train_batch_size": "effective_batch_size",
+    "gradient_accumulation_steps": "effective_batch_size",
+    "micro_batch_size": "max_batch_size",
+    "per_device_train_batch_size": "max_batch_size",
+    "lr": "learning_rate",
+    "max_lr": "learning_rate",
+    "min_lr": "min_lr_ratio",
+    "lr_scheduler_type": "lr_schedule",
+    "warmup": "warmup_steps",
+    "warmup_iters": "warmup_steps",
+    "num_warmup_steps": "warmup_steps",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "max_iters": "max_steps",
+    "max_train_steps": "max_steps",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "grad_clip": "max_grad_norm",
+    "optim": "optimizer",
+    "compile": "torch_compile",
+    "lambda": "penalty_weight",
+    "penalty": "penalty_type",
+    "eval_interval": "eval_steps",
+    "log_interval": "logging_steps",
+    "out_dir": "output_dir",
+    "output": "output_dir",
+    "name": "run_name",
+    "resume": "resume_from_checkpoint",
+    "wandb": "report_to",
+}
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -86,6 +142,9 @@ def read_command_line(argv: Sequence[str]) -> tuple[Recipe, bool]:
     problems += combination_problems(values, broken)
     if problems:
         raise RecipeError(problems)
+    of_a_run = path is not None and path.name == "recipe.yaml" and (path.parent / "plan.json").exists()
+    if of_a_run and options.output_dir is None:  # it goes on where it lies, wherever it began
+        values["output_dir"] = str(path.parent)
     if not values.get("run_name"):
         values["run_name"] = default_run_name(path, file_values, values)
     if values.get("validation_share") or values.get("validation_files"):
@@ -97,14 +156,22 @@ def read_command_line(argv: Sequence[str]) -> tuple[Recipe, bool]:
 
 def parse_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        prog="run_clm_owt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False, argument_default=None
+        prog="run_clm_owt.py",
+        usage="accelerate launch run_clm_owt.py --recipe FILE [--plan_only] [--KEY VALUE ...]",
+        description="Pretrain GPT-2 as a recipe says. Each key of a recipe is an option too, and wins over the file.",
+        allow_abbrev=False,
+        argument_default=None,
     )
     parser.add_argument("--recipe", metavar="FILE", help="the recipe's YAML file")
     parser.add_argument("--plan_only", action="store_true", help="print the plan and stop")
+    group: argparse._ActionsContainer = parser
     for name, field in FIELDS.items():
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
         default = "required" if field.default is dataclasses.MISSING else f"default: {show(field.default)}"
-        help_text = f"{field.metadata['help']} ({default})".replace("%", "%%")
-        parser.add_argument(f"--{name}", nargs="*", action="append", metavar="VALUE", help=help_text)
+        rule = f"; {field.metadata['rule'].text}" if field.metadata["rule"] else ""
+        help_text = f"{field.metadata['help']} ({default}{rule})".replace("%", "%%")
+        group.add_argument(f"--{name}", nargs="*", action="append", metavar="VALUE", help=help_text)
     # argparse would stop at the first unknown option; all of them are wanted.
     options, unknown = parser.parse_known_args(argv)
     names = [word.split("=")[0] for word in unknown if word.startswith("-")]  # without the values that follow them
@@ -112,30 +179,44 @@ def parse_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, list[st
 
 
 def unknown_key(name: str, where: str) -> str:
-    close = difflib.get_close_matches(name.lstrip("-"), FIELDS, n=1)
+    plain = name.lstrip("-").replace("-", "_").lower()
+    known = (*FIELDS, "plan_only", "recipe")
+    close = [OTHER_NAMES[plain]] if plain in OTHER_NAMES else difflib.get_close_matches(plain, known, n=1)
     hint = f"did you mean {close[0]}?" if close else "see run_clm_owt.py --help for the keys"
     return f"{where}: unknown key {name}; {hint}"
 
 
 def read_recipe_file(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The known keys of a recipe file and the problems of the file as a whole."""
+    """The known keys of a recipe file, and what is said of the others. Raises RecipeError for a file that cannot be
+    read as a recipe, alone: without its keys nothing else is to be judged."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
     except FileNotFoundError:
-        return {}, [f"--recipe: there is no file {path}; the recipes are in recipes/"]
+        raise RecipeError([no_recipe(path)]) from None
     except (OSError, UnicodeDecodeError) as error:
-        return {}, [f"--recipe: {path} cannot be read: {error}"]
+        raise RecipeError([f"--recipe: {path} cannot be read: {error}"]) from error
     except RecursionError:
-        return {}, [f"{path}: nested too deeply; expected lines of the form `key: value`"]
+        raise RecipeError([f"{path}: nested too deeply; expected lines of the form `key: value`"]) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or " ".join(str(error).split())
-        return {}, [f"{path}{line}: not valid YAML: {reason}"]
+        raise RecipeError([f"{path}{line}: not valid YAML: {reason}"]) from error
     if not isinstance(content, dict):
-        return {}, [f"{path}: expected lines of the form `key: value`, got {type(content).__name__}"]
+        raise RecipeError([f"{path}: expected lines of the form `key: value`, got {type(content).__name__}"])
     unknown = [unknown_key(str(name), str(path)) for name in content if name not in FIELDS]
     return {name: value for name, value in content.items() if name in FIELDS}, unknown
+
+
+def no_recipe(path: Path) -> str:
+    """Where a recipe was looked for, and what is there."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        return f"--recipe: there is no file {path}, and no folder {folder}"
+    there = sorted(file.name for file in folder.glob("*.yaml"))
+    close = difflib.get_close_matches(path.name, there, n=1) or [name for name in there if name == f"{path.name}.yaml"]
+    hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(there) or 'no .yaml files'}"
+    return f"--recipe: there is no file {path.name} in {folder}{hint}"
 
 
 def check_rule(name: str, value: Any) -> Any:
@@ -356,7 +437,8 @@ def output_problems(get: Get) -> list[str]:
     problems = []
     for name in get("report_to") or ():
         if name not in TRACKERS:
-            problems.append(f"report_to: {name!r} is unknown; expected any of {', '.join(TRACKERS)}, or none")
+            spaces = f"; several are separated by spaces: {name.replace(',', ' ')}" if "," in name else ""
+            problems.append(f"report_to: {name!r} is unknown; expected any of {', '.join(TRACKERS)}, or none{spaces}")
         elif importlib.util.find_spec(name) is None:
             problems.append(f"report_to: {name} is not installed; pip install {name}, or take it out of report_to")
     if get("sample_steps") and not get("sample_prompts"):
@@ -375,7 +457,7 @@ def default_run_name(path: Path | None, file_values: dict[str, Any], values: dic
     """The recipe's name with every change of the command line that affects the result."""
     base = path.stem if path else "run"
     changes = [
-        f"{name}={show(values[name])}"
+        f"{name}={shorten(show(values[name]))}"
         for name, field in FIELDS.items()
         if field.metadata["shapes_result"]
         and name in values
@@ -384,3 +466,8 @@ def default_run_name(path: Path | None, file_values: dict[str, Any], values: dic
     ]
     name = re.sub(r"[^\w.,=+-]+", "-", ",".join([base, *changes]))
     return name if len(name) <= 200 else f"{name[:180]}-{zlib.crc32(name.encode()):08x}"
+
+
+def shorten(text: str) -> str:
+    """A value as it stands in a name: of a long one the beginning, and a sum that tells it from others."""
+    return text if len(text) <= 40 else f"{text[:24]}-{zlib.crc32(text.encode()):08x}"

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from clm_owt.program import run_script
 
+MODEL_HELP = "a run's folder, one of its checkpoints, a folder with a model, or a Hub id"
+
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="FOLDER_OR_HUB_ID")
+    parser.add_argument("--model", required=True, metavar="RUN_OR_HUB_ID", help=MODEL_HELP)
     parser.add_argument("--revision", help="branch, tag or commit on the Hub, such as step-00002000")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="text files, each one document")
@@ -41,12 +43,12 @@ def run(options: argparse.Namespace) -> dict[str, object]:
 
     from clm_owt.evaluation import zero_shot
     from clm_owt.evaluation.windows import evaluate_windows, recipe_windows, text_windows
-    from clm_owt.model.sampling import load
+    from clm_owt.training.trained_model import load_trained
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     say = (lambda text: None) if options.json else functools.partial(print, flush=True)
-    model, tokenizer = load(options.model, options.revision)
+    model, tokenizer = load_trained(options.model, options.revision)
     if options.tasks:
         results = zero_shot.evaluate_tasks(
             model, tokenizer, options.tasks, options.task_folder, options.batch_size, options.limit

@@ -11,6 +11,8 @@ from clm_owt.errors import InputError
 from clm_owt.program import run_script
 from clm_owt.recipe import DEFAULT_PROMPTS
 
+MODEL_HELP = "a run's folder, one of its checkpoints, a folder with a model, or a Hub id"
+
 
 def main(argv: list[str]) -> None:
     sample_all(parse(argv))
@@ -19,7 +21,7 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--model", required=True, metavar="FOLDER_OR_HUB_ID")
+    parser.add_argument("--model", required=True, metavar="RUN_OR_HUB_ID", help=MODEL_HELP)
     parser.add_argument("--revision", help="branch, tag or commit on the Hub, such as step-00002000")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts_file", type=Path, help="a prompt a line")
@@ -55,11 +57,12 @@ def sample_all(options: argparse.Namespace) -> None:
     import transformers
     from transformers import TextStreamer
 
-    from clm_owt.model.sampling import load, sample
+    from clm_owt.model.sampling import sample
+    from clm_owt.training.trained_model import load_trained
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model, tokenizer = load(options.model, options.revision)
+    model, tokenizer = load_trained(options.model, options.revision)
     streamer = None if options.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     for prompt in prompts or DEFAULT_PROMPTS:
         for seed in range(options.seed, options.seed + options.count):

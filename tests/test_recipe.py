@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from clm_owt.errors import RecipeError
-from clm_owt.recipe import FIELDS
-from clm_owt.recipe_reader import load_recipe
+from clm_owt.recipe import FIELDS, GROUPS
+from clm_owt.recipe_reader import OTHER_NAMES, load_recipe
 
 ROOT = Path(__file__).parent.parent
 REQUIRED = {
@@ -84,6 +84,65 @@ def test_a_run_is_named_after_the_recipe_and_what_the_command_line_changes_in_it
     unchanged = ["--penalty_weight", "0", "--logging_steps", "1", "--report_to", "none", "--max_batch_size", "2"]
     assert load_recipe([*argv, *unchanged]).run_name == "trial"
     assert load_recipe([*argv, "--run_name", "mine"]).output_dir == "runs/mine"
+
+
+def test_a_long_value_is_shortened_in_the_name_and_still_told_from_others(tmp_path):
+    argv = recipe_file(tmp_path, FILE)
+    files = [tmp_path / f"{'long' * 20}-{n}.txt" for n in range(2)]
+    for file in files:
+        file.write_text("x")
+    text = ["--dataset_name", "text", "--data_files"]
+    names = [load_recipe([*argv, *text, str(file)]).run_name for file in files]
+    assert names[0] != names[1] and all(len(name) < 80 for name in names)
+    assert load_recipe([*argv, *text, str(files[0])]).run_name == names[0]
+
+
+def test_the_recipe_of_a_run_goes_on_where_it_lies(tmp_path):
+    run = tmp_path / "moved"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(load_recipe(words(output_dir="runs/where_it_was")).to_yaml())
+    argv = ["--recipe", str(run / "recipe.yaml")]
+    assert load_recipe(argv).output_dir == "runs/where_it_was"  # a recipe of that name, and no run
+    (run / "plan.json").write_text("{}")
+    assert load_recipe(argv).output_dir == str(run)
+    assert load_recipe([*argv, "--output_dir", "runs/elsewhere"]).output_dir == "runs/elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("--lr", "learning_rate"), ("--epochs", "num_train_epochs"), ("--batch_size", "effective_batch_size"),
+     ("--plan-only", "plan_only"), ("--learning-rate", "learning_rate"), ("--block_sise", "block_size")],
+)  # fmt: skip
+def test_an_unknown_option_is_met_by_the_right_one(given, meant):
+    assert problems([*words(), given, "1"]) == [f"command line: unknown key {given}; did you mean {meant}?"]
+
+
+def test_what_other_programs_call_a_key_is_no_key_here():
+    assert not OTHER_NAMES.keys() & FIELDS.keys() and set(OTHER_NAMES.values()) <= FIELDS.keys()
+
+
+def test_trackers_with_commas_are_met_by_spaces():
+    [problem] = problems(words(report_to="wandb,tensorboard"))
+    assert problem.endswith("several are separated by spaces: wandb tensorboard")
+
+
+def test_a_file_that_cannot_be_read_is_the_one_thing_said(tmp_path):
+    (tmp_path / "mine.yaml").write_text("a: [1")
+    assert len(problems(["--recipe", str(tmp_path / "mine.yaml"), "--what", "1"])) == 1
+    [missing] = problems(["--recipe", str(tmp_path / "mime.yaml"), "--what", "1"])
+    assert missing == f"--recipe: there is no file mime.yaml in {tmp_path}; did you mean mine.yaml?"
+    [no_folder] = problems(["--recipe", str(tmp_path / "nowhere/mine.yaml")])
+    assert no_folder.endswith(f"and no folder {tmp_path}/nowhere")
+
+
+def test_help_groups_the_keys_and_gives_choices_and_defaults(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        load_recipe(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for group in GROUPS.values():
+        assert f" {group}: --" in text
+    assert "AdamW" in text and "(default: adamw; one of adamw, muon)" in text and "(required; at least 1)" in text
+    assert "None" not in text and "MISSING" not in text
 
 
 def test_a_recipe_written_out_reads_back_the_same(tmp_path):
@@ -219,7 +278,9 @@ def test_a_bad_recipe_ends_with_status_2_within_two_seconds_and_writes_nothing(t
     )
     seconds = time.monotonic() - started
     assert result.returncode == 2
-    assert "error: --recipe: there is no file missing.yaml" in result.stderr
+    assert result.stderr == (
+        f"error: --recipe: there is no file missing.yaml in {tmp_path}; there are no .yaml files\n"
+    )
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []

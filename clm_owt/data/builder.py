@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from clm_owt.console import reporting_times
 from clm_owt.data.building import build
 from clm_owt.data.sources import Source
 from clm_owt.data.token_store import TokenStore
@@ -145,22 +146,27 @@ def read_all(file: BinaryIO) -> str:
 
 class WaitingCheck:
     """What a run does over and over while it waits for data: leave the wait after a signal or where the builder has
-    failed, print what the builder prints, and print every `every` seconds what is waited for.
+    failed, print what the builder prints, and at `reporting_times` what is waited for.
 
     Handed to the waits of `TokenStore` and to `TrainingBlocks`, which call it with what they wait for.
     """
 
-    def __init__(self, stop: StopRequest, builder: Builder, say: Callable[..., None], every: float = 10.0):
-        self._stop, self._builder, self._say, self._every = stop, builder, say, every
-        self._said_at = time.monotonic()
+    def __init__(self, stop: StopRequest, builder: Builder, say: Callable[..., None]):
+        self._stop, self._builder, self._say = stop, builder, say
+        self._waiting_for, self._called_at = "", 0.0
 
     def __call__(self, waiting_for: str = "") -> None:
         self._stop.check()
         self.print_new_lines()
         self._builder.check(waiting_for)
-        if waiting_for and time.monotonic() - self._said_at > self._every:
-            self._said_at = time.monotonic()
-            self._say(f"waiting for {waiting_for}")
+        now = time.monotonic()
+        if waiting_for != self._waiting_for or now - self._called_at > 1.0:  # another wait
+            self._waiting_for, self._began, self._times = waiting_for, now, reporting_times()
+            self._next = next(self._times)
+        self._called_at = now
+        if waiting_for and now - self._began >= self._next:
+            self._say(f"waiting for {waiting_for}: {self._next:.0f} s so far")
+            self._next = next(self._times)
 
     def print_new_lines(self) -> None:
         """Print what the builder has printed since the last call."""

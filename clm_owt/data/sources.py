@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
+from clm_owt.console import waiting
 from clm_owt.data import python_docs
 from clm_owt.data.retries import with_retries
 from clm_owt.data_files import matching_files, no_match
@@ -67,6 +68,7 @@ class Source:
         return cls(**values)
 
 
+@waiting("looking up the dataset")
 def resolve_source(recipe: Recipe) -> Source:
     """The exact source that `recipe` means.
 

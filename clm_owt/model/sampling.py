@@ -1,20 +1,17 @@
 """Text from the model."""
 
+import zlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GPT2LMHeadModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
-
-from clm_owt.errors import InputError
 
 
 @torch.no_grad()
@@ -33,10 +30,9 @@ def sample(
 ) -> list[str]:
     """One continuation for each prompt, without the prompt, by nucleus sampling.
 
-    The same seed gives the same text on the same machine. The random states of the caller are left as they were. A
-    prompt and its continuation together are kept within the model's context. `top_k` 0 leaves all tokens; `streamer`
-    gets the tokens as they come. `check` is called after each token; raise
-    from it to break off.
+    The same seed gives the same text on the same machine, whatever the other prompts. The random states of the caller
+    are left as they were. A prompt and its continuation together are kept within the model's context. `top_k` 0 leaves
+    all tokens; `streamer` gets the tokens as they come. `check` is called after each token: raise there to break off.
     """
     device = next(model.parameters()).device
     context = model.config.n_positions
@@ -46,8 +42,9 @@ def sample(
     devices = [] if device.type in ("cpu", "mps") else [device]
     try:
         with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-            torch.manual_seed(seed)
             for prompt in prompts:
+                # Of each prompt its own: it does not depend on the others, and different ones do not go on alike.
+                torch.manual_seed(seed + zlib.crc32(prompt.encode()))
                 ids = tokenizer(prompt, return_tensors="pt").input_ids[:, -(context - 1) :].to(device)
                 if ids.shape[1] == 0:  # an empty prompt starts a document
                     ids = torch.tensor([[tokenizer.eos_token_id]], device=device)
@@ -70,23 +67,6 @@ def sample(
     finally:
         model.train(was_training)
     return continuations
-
-
-def load(model: str, revision: str | None = None) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder or a Hub id, on the best device here. Raises InputError where there is none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
-        loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--model {model}: {reason} Give a run's model/ folder or a Hub id") from error
-    return loaded.to(best_device()).eval(), tokenizer
-
-
-def best_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 class Interruptible(StoppingCriteria):

@@ -364,7 +364,7 @@ def plan_lines(plan: Plan, recipe: Recipe) -> list[str]:
         f"{plan.saves:,} checkpoint{'s' * (plan.saves > 1)}{samples}",
         "disk": f"{data_bytes}, checkpoints {format_bytes(plan.checkpoint_bytes)} each, "
         f"run folder up to {format_bytes(plan.output_bytes)}",
-        "memory": f"{format_bytes(sum(plan.memory.values()))} a process, estimated: {memory}",
+        "memory": f"{format_bytes(sum(plan.memory.values()))} of tensors a process, estimated: {memory}",
         "time": show_expected_time(plan),
         "written to": recipe.output_dir,
     }

@@ -86,7 +86,7 @@ class RunLog:
             f"lr {row['learning_rate']:.3g}",
             f"gradient norm {row['grad_norm']:.3g}",
             f"{row['tokens_per_second']:,.0f} tokens/s",
-            format_bytes(memory_used()),
+            memory_used(),
         ]
         if self._progress:
             self._progress.set_postfix_str(", ".join(parts))
@@ -149,11 +149,11 @@ class RunLog:
         self._trackers.row(split, row)
 
 
-def memory_used() -> int:
-    """Bytes of memory in use: on a GPU the most that tensors took since the start, else what this process takes."""
+def memory_used() -> str:
+    """Memory in use, and what it counts: on a GPU the most that tensors took since the start, else this process."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return psutil.Process().memory_info().rss
+        return f"GPU tensors at most {format_bytes(torch.cuda.max_memory_allocated())}"
+    return f"process {format_bytes(psutil.Process().memory_info().rss)}"
 
 
 def cut_back_metrics(path: Path, state: TrainState) -> None:

@@ -37,4 +37,4 @@ class TrackioTracker(Tracker):
 
     def finish(self) -> None:
         with contextlib.redirect_stdout(None):
-            self._run.finish()
+            trackio.finish()  # not the run's own: Trackio would finish it again at the exit, and say so

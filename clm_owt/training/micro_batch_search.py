@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size
 
 from clm_owt.batch import GRADIENT_BUCKET_BYTES, candidate_sizes
+from clm_owt.console import waiting
 from clm_owt.formatting import format_bytes
 from clm_owt.model.gpt2 import GPT2ForPretraining
 from clm_owt.optimizers import OPTIMIZERS, kind_of
@@ -64,10 +65,16 @@ class MicroBatchSearch:
         if not self.tries:
             return f"Micro-batch {self.micro_batch}, not searched for"
         tried = f"tried {', '.join(map(str, self.tries))}, " if len(self.tries) > 1 else ""
-        peak = f"{format_bytes(self.peak_memory)} at the peak" if self.peak_memory is not None else "peak not known"
+        of = {"cpu": "of the whole process", "cuda": "of tensors on the GPU"}.get(
+            self.machine["device_type"], "in use"
+        )
+        peak = (
+            f"{format_bytes(self.peak_memory)} {of} at the peak" if self.peak_memory is not None else "peak not known"
+        )
         return f"Micro-batch {self.micro_batch} fits: {tried}{peak}, {self.seconds:.1f} s"
 
 
+@waiting("trying which micro-batch fits into memory")
 def find_micro_batch(
     model: GPT2ForPretraining,
     recipe: Recipe,

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from clm_owt.batch import MicroBatch, cut, next_smaller
+from clm_owt.console import waiting
 from clm_owt.data.order import TrainingBlocks
 from clm_owt.data.token_store import TokenStore
 from clm_owt.errors import RunFailed
@@ -130,11 +131,12 @@ class Trainer:
         state, last = self.state, self.total_steps
         began = time.monotonic() - state.elapsed_seconds
         self.checkpoints.saved_step = state.step  # a run that continues is saved, one that begins has nothing to save
-        saved = done_at_step(state)
+        saved, taken = done_at_step(state), False
         try:
             while True:
                 if self.due(self.recipe.eval_steps) and state.validated_step < state.step:
-                    self.validate()
+                    with contextlib.nullcontext() if state.step else waiting("validation before the first step"):
+                        self.validate()
                 if self.due(self.recipe.sample_steps) and state.sampled_step < state.step:
                     self.write_samples()
                 # While numbers go wrong the last checkpoint stays one from before.
@@ -147,7 +149,9 @@ class Trainer:
                     break
 
                 step_began, waited = time.perf_counter(), self.blocks.seconds_waited
-                result = self.train_step()
+                with contextlib.nullcontext() if taken else waiting("the first step, with what it compiles"):
+                    result = self.train_step()
+                taken = True
                 waited = self.blocks.seconds_waited - waited
                 self.throughput.add(self.tokens_per_step, time.perf_counter() - step_began - waited, waited)
                 self.advance(result)

@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,12 +165,39 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return json.dumps(str(path))
 
 
+@pytest.mark.parametrize("way", ["run", "run without its end", "checkpoint"])
+def test_a_run_and_its_checkpoints_are_sampled_and_evaluated_like_its_model(trained, script, tmp_path, way):
+    run_folder = trained
+    if way == "run without its end":
+        shutil.copytree(trained, run_folder := tmp_path / "copy")
+        shutil.rmtree(run_folder / "model")
+    given = run_folder / "checkpoints/step-00000012" if way == "checkpoint" else run_folder
+    sampled = ["--prompt", "Returns the", "--max_new_tokens", "12", "--json"]
+    evaluated = ["--recipe", trained / "recipe.yaml", "--json"]
+    for name, arguments in (("sample.py", sampled), ("evaluate_model.py", evaluated)):
+        found, expected = (script(name, "--model", model, *arguments) for model in (given, trained / "model"))
+        assert found.returncode == expected.returncode == 0, found.stderr
+        if name == "sample.py":
+            assert found.stdout == expected.stdout
+        else:
+            losses = [json.loads(result.stdout)["loss"] for result in (found, expected)]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_damaged_checkpoint_is_not_sampled(trained, script, tmp_path):
+    shutil.copytree(trained / "checkpoints/step-00000012", tmp_path / "run/checkpoints/step-00000012")
+    (tmp_path / "run/checkpoints/step-00000012/model.safetensors").write_bytes(b"")
+    result = script("sample.py", "--model", "run/checkpoints/step-00000012")
+    assert result.returncode == 2
+    assert "model.safetensors has 0 bytes instead of" in result.stderr
+
+
 @pytest.mark.tasks
 def test_zero_shot_tasks_run_on_local_data(trained, script, tmp_path):
     import lm_eval
     import torch.nn.functional as F
 
-    from clm_owt.model.sampling import load
+    from clm_owt.training.trained_model import load_trained
 
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -192,7 +220,7 @@ def test_zero_shot_tasks_run_on_local_data(trained, script, tmp_path):
         "local_hellaswag": {"acc", "acc_norm"},
         "local_piqa": {"acc", "acc_norm"},
     }
-    model, tokenizer = load(str(trained / "model"))
+    model, tokenizer = load_trained(str(trained / "model"))
     text = LOCAL_ROWS["lambada/lambada_openai"]["text"]
     ids = tokenizer(text, return_tensors="pt").input_ids
     before_last_word = len(tokenizer(text.rsplit(" ", 1)[0]).input_ids)

@@ -50,7 +50,7 @@ def test_progress_shows_loss_learning_rate_gradient_norm_throughput_memory_and_t
     tmp_path, capsys, monkeypatch, on_terminal
 ):
     row = {"step": 5, "loss": 3.25, "learning_rate": 6e-4, "grad_norm": 0.75, "tokens_per_second": 12345.6}
-    monkeypatch.setattr(run_log, "memory_used", lambda: 1.52e9)
+    monkeypatch.setattr(run_log, "memory_used", lambda: "process 1.52 GB")
     if on_terminal:
         monkeypatch.setattr(sys, "stderr", Terminal())
     recipe = SimpleNamespace(output_dir=str(tmp_path), report_to=())
@@ -64,10 +64,12 @@ def test_progress_shows_loss_learning_rate_gradient_norm_throughput_memory_and_t
         log._progress.refresh()
         shown = sys.stderr.getvalue().rsplit("\r", 1)[-1]
         assert "| 5/20 [00:10<00:30, " in shown
-        assert ", loss 3.2500, lr 0.0006, gradient norm 0.75, 12,346 tokens/s, 1.52 GB]" in shown
+        assert ", loss 3.2500, lr 0.0006, gradient norm 0.75, 12,346 tokens/s, process 1.52 GB]" in shown
     else:
         shown = capsys.readouterr().out
-        expected = "step 5/20  loss 3.2500  lr 0.0006  gradient norm 0.75  12,346 tokens/s  1.52 GB  0:30 left\n"
+        expected = (
+            "step 5/20  loss 3.2500  lr 0.0006  gradient norm 0.75  12,346 tokens/s  process 1.52 GB  0:30 left\n"
+        )
         assert shown == expected
     log.close()
 

@@ -31,6 +31,7 @@ from clm_owt.stopping import Stopped, StopRequest
 from clm_owt.tracking.run_log import RunLog
 from clm_owt.tracking.throughput import Throughput
 from clm_owt.training import checkpoint, run_folder
+from clm_owt.training.contention import Contention
 from clm_owt.training.device_memory import is_out_of_memory
 from clm_owt.training.micro_batch_search import WHAT_HELPS, MicroBatchSearch
 from clm_owt.training.optim import OutlierGuard, build_schedule
@@ -98,6 +99,7 @@ class Trainer:
         self.log = log
         self.after_row = after_row
         self.throughput = Throughput.of(plan, recipe, hardware)
+        self.contention = Contention() if hardware.device_type == "cpu" else None
         self.checkpoints = checkpoint.CheckpointWriter(
             Path(recipe.output_dir) / "checkpoints", recipe.save_total_limit, on_written=on_saved, say=log.say
         )
@@ -396,6 +398,8 @@ class Trainer:
                 f"gradient norm {result.grad_norm:.4g}; the weights are as before"
             )
         self.log.train_row(row)
+        if warning := self.contention and self.contention.warning():
+            self.log.say(warning)
         self.after_row()
 
     # Saving

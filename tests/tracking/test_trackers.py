@@ -148,6 +148,7 @@ def test_trackio_holds_the_metrics_of_one_run(killed_and_resumed):
     with sqlite3.connect(killed_and_resumed.home / "hf/trackio/clm_owt.db") as database:
         rows = database.execute("SELECT run_name, step, metrics FROM metrics").fetchall()
     assert len({name for name, _, _ in rows}) == 1
+    assert not [line for output in killed_and_resumed.outputs for line in output.splitlines() if line[:2] == "* "]
     found = [
         (name, step, value)
         for _, step, metrics in rows

@@ -6,7 +6,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test test-slow test-faults test-browser test-tasks lint format clean
+REPORT ?= test-gpu.json
+
+.PHONY: quickstart test test-slow test-faults test-browser test-tasks test-gpu lint format clean
 
 # The number of threads is given, or the launcher would warn that it chose it.
 quickstart: $(VENV)/.installed
@@ -35,6 +37,11 @@ test-tasks: $(VENV)/.installed-test
 # make test-faults FAULTS="--seed 7 --faults-table table.md -k full_disk"
 test-faults: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "faults or not faults" -v tests/faults $(FAULTS)
+
+# The acceptance of a machine: on its GPU, in at most 8 minutes; without one a dry run. Ends with a table, and writes it
+# where it is asked to: make test-gpu REPORT=my_gpu.json
+test-gpu: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "gpu or not gpu" tests/gpu --accept $(REPORT)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["support.hub_fixtures", "support.watched_fixtures", "support.fault_table"]
+pytest_plugins = ["support.hub_fixtures", "support.watched_fixtures", "support.fault_table", "support.gpu_table"]
 
 GPT2_FILES = {  # as OpenAI published them
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",

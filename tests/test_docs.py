@@ -42,7 +42,7 @@ NOT_RUN = [
     (r"hf auth|wandb ", "needs an account"),
     (r"tensorboard|trackio", "serves until it is stopped"),
     (r"sbatch", "needs a cluster; test_machines.py runs the script with stand-ins for Slurm's programs"),
-    (r".*(single_gpu|multi_gpu|fsdp2|fp8_hopper|mps)\.yaml|.*--calibrate", "needs a GPU"),
+    (r".*(single_gpu|multi_gpu|fsdp2|fp8_hopper|mps)\.yaml|.*--calibrate|.*benchmark.py gpu", "needs a GPU"),
     (r".*--tasks", "needs the extra [eval] and data sets from the network; `make test-tasks` runs local tasks"),
     (r"python scripts/benchmark.py data", "collects 90 MB and writes 2 GB of text, which takes many minutes"),
     (r".*--branch_from", "trains 4,000 steps; tests/training/test_branch.py runs such branches"),

@@ -27,6 +27,8 @@ from clm_owt.planning.plan import flops_per_token
 from clm_owt.planning.step_time import (
     ASSUMPTIONS,
     COMPILED,
+    EAGER,
+    FLOAT32,
     GPT2_SMALL,
     IMPROVEMENTS,
     PART_NAMES,
@@ -188,8 +190,8 @@ def parts_table(
 def improvements_table(
     recipe: Recipe, vocab_size: int, estimates: list[Estimate], processes: int
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, for the devices on which the blocks run compiled in bf16."""
-    estimates = [e for e in estimates if work_of(recipe, e.device.hardware()) is COMPILED]
+    """Header and rows, for the devices on which the blocks run compiled in bf16 or fp16."""
+    estimates = [e for e in estimates if work_of(recipe, e.device.hardware()) not in (EAGER, FLOAT32)]
     work, rows = COMPILED, []
     for name, change in {"as it is": {}, **IMPROVEMENTS}.items():
         work = dataclasses.replace(work, **change)

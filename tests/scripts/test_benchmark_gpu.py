@@ -68,15 +68,18 @@ KERNELS = {
         "aten::_scaled_dot_product_flash_attention_for_cpu",
     ],
     "loss": [
-        "triton_red_fused__to_copy_add_amax_div_eq_exp_log1p_mul_sub_sum_where_0",
-        "triton_per_fused__log_softmax_nll_loss_backward_3",
+        # as Inductor names this project's loss and a compiled cross_entropy
+        "triton_red_fused_add_copy__div_exp_gather_log1p_mul_neg_reciprocal_rsub_slice_sub_sum_unsqueeze_2",
+        "triton_red_fused__to_copy_add_arange_bitwise_and_bitwise_or_div_eq_exp_gather_gt_log1p_lt_max_mul_neg_where_0",
+        "triton_red_fused__to_copy_prepare_softmax_online_0",
+        "triton_red_fused__log_softmax__to_copy_nll_loss_forward_1",
         "void (anonymous namespace)::cunn_SoftMaxForward<4, float, float, float>",
         "void at::native::(anonymous namespace)::nll_loss_forward_reduce_cuda_kernel_2d<float, float, long>",
         "aten::exp",
         "aten::log1p",
     ],
     "rest": [
-        "triton_per_fused_add_native_layer_norm_1",
+        "triton_per_fused__to_copy_add_gelu_native_layer_norm_0",
         "triton_poi_fused_addmm_gelu_2",
         "triton_poi_fused__scaled_dot_product_flash_attention_backward_cat_5",
         "void at::native::multi_tensor_apply_kernel<at::native::FusedAdamMathFunctor<float, 4>>",

@@ -1,20 +1,22 @@
 """The Accelerator and the hardware of a run, and what of a machine's configuration is refused."""
 
 import os
+import sys
 import warnings
 
 import datasets
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from clm_owt.errors import InputError
 from clm_owt.planning.devices import Hardware, cpu_name, mac_name
 from clm_owt.recipe import Recipe
 from clm_owt.training.device_memory import total_memory
-from clm_owt.training.processes import Processes
+from clm_owt.training.processes import PATIENCE, Processes
 
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 UNSUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config (tensor or context parallelism)",
@@ -28,7 +30,8 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     recipe's promises."""
     quiet_libraries()
     refuse_unkept_settings()
-    accelerator = Accelerator()
+    let_segments_grow()
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise InputError(
@@ -64,6 +67,14 @@ def refuse_slow_bf16() -> None:
             f"accelerate config: mixed_precision bf16 on {cpu_name()}, which has neither AVX512_BF16 nor AMX and "
             "would be slower than in float32; take no, as accelerate_configs/cpu.yaml does"
         )
+
+
+def let_segments_grow() -> None:
+    """Unless the user has set the allocator, let its segments on a GPU grow: sizes that a step asks for differ by
+    micro-batch, bucket and chunk, and fixed segments would leave gaps that fit none of them. It is read when the first
+    tensor is placed on the GPU. (Not run on one by the project.)"""
+    if sys.platform == "linux" and not any(variable in os.environ for variable in ALLOCATOR_SETTINGS):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def quiet_libraries() -> None:

@@ -3,12 +3,13 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import NoReturn, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -20,6 +21,10 @@ from clm_owt.training.device_memory import is_out_of_memory, release_cached_memo
 from clm_owt.training.gradient_sum import GradientSum
 
 T = TypeVar("T")
+
+# So long one process waits for another. NCCL's own ten minutes would be short for a server that the main process asks
+# for six, or for data that another machine still reads.
+PATIENCE = timedelta(minutes=30)
 
 
 class DoesNotFit(Exception):
@@ -49,7 +54,7 @@ class Processes:
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self.is_main = accelerator.is_main_process  # which writes and prints
         self.is_first_of_machine = accelerator.is_local_main_process  # which does what is done once a machine
-        self._cpu_group = dist.new_group(backend="gloo") if self.count > 1 else None
+        self._cpu_group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
 
     def __enter__(self) -> Self:
         return self
@@ -147,15 +152,17 @@ class Processes:
 
     def on_main(self, function: Callable[..., T], *arguments: object) -> T:
         """What `function(*arguments)` gives on the main process, on every process; an InputError there ends them all,
-        and the main process prints it."""
+        and the main process prints it. It may take minutes, as a server that is asked again does: PATIENCE at most."""
         result: T | InputError | None = None
         if self.is_main:
             try:
                 result = function(*arguments)
             except InputError as error:
                 result = error
-        if self.count > 1:
-            result = broadcast_object_list([result])[0]
+        if self._cpu_group is not None:
+            results = [result]
+            dist.broadcast_object_list(results, src=0, group=self._cpu_group)
+            result = results[0]
         if isinstance(result, InputError):
             raise result if self.is_main else SystemExit(2)
         return result

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch.distributed import ProcessGroup
 from torch.futures import Future
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config
@@ -63,15 +64,17 @@ def test_the_sum_is_that_of_single_gradients_and_complete_whatever_fails(warm, t
 
 
 class Collectives(TorchDispatchMode):
-    """The collectives that are called, by name."""
+    """The collectives that are called: their names, and those of the groups that they go over."""
 
     def __init__(self):
         super().__init__()
         self.names: list[str] = []
+        self.groups: set[str] = set()
 
     def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
         if func.namespace == "c10d":
             self.names.append(func._opname)
+            self.groups.add(ProcessGroup.unbox(args[1]).group_name)
         return func(*args, **(kwargs or {}))
 
 
@@ -138,4 +141,10 @@ def sum_on_this_rank() -> None:
             assert torch.equal(got, expected)
         else:  # gloo adds up in an order of the processes that depends on the place in the bucket
             assert ((got - expected).abs() <= 2 * last * 2**-24 * size).all()
+
+    # What may take minutes on the main process goes over the CPU's group, whose patience is long.
+    with Collectives() as collectives:
+        assert processes.on_main(lambda: f"of {processes.rank}") == "of 0"
+    assert collectives.names == ["broadcast_"] * 2
+    assert collectives.groups == {processes._cpu_group.group_name} != {dist.group.WORLD.group_name}
     processes.__exit__(None)

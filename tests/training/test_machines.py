@@ -19,7 +19,7 @@ from clm_owt.model import fp8
 from clm_owt.model.gpt2 import build_model
 from clm_owt.recipe_reader import load_recipe
 from clm_owt.training import checkpoint
-from clm_owt.training.launch import create_accelerator, refuse_slow_bf16
+from clm_owt.training.launch import ALLOCATOR_SETTINGS, create_accelerator, let_segments_grow, refuse_slow_bf16
 from clm_owt.training.optim import build_adamw
 
 CONFIGS = {  # name: (distributed type, machines, processes, precision, on a CPU)
@@ -117,6 +117,20 @@ def test_a_run_under_bf16_is_refused_on_a_cpu_without_it(warm, tmp_path):
 def come_up_without_bf16() -> None:
     torch.cpu.get_capabilities = lambda: {"avx2": True}
     come_up()
+
+
+@pytest.mark.parametrize("own", [*ALLOCATOR_SETTINGS, None])
+def test_segments_of_gpu_memory_grow_unless_the_user_has_set_the_allocator(own, monkeypatch):
+    for variable in ALLOCATOR_SETTINGS:
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)  # and whatever is set here is gone after the test
+    if own:
+        monkeypatch.setenv(own, "max_split_size_mb:128")
+    let_segments_grow()
+    set_now = {variable: os.environ[variable] for variable in ALLOCATOR_SETTINGS if variable in os.environ}
+    assert set_now == (
+        {own: "max_split_size_mb:128"} if own else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    )
 
 
 def test_processes_that_came_up_alone_are_refused_by_the_main_command(tiny_recipe, tmp_path):

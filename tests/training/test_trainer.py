@@ -1,18 +1,26 @@
-"""The gradient of a step, whatever its cut."""
+"""The gradient of a step, whatever its cut; and how often a step waits for the device."""
 
+import dataclasses
 import itertools
+import traceback
+from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clm_owt.batch import cut
 from clm_owt.model.gpt2 import build_model
+from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.recipe import PENALTY_TYPES
 from clm_owt.recipe_reader import load_recipe
 from clm_owt.state import TrainState
 from clm_owt.training.gradient_sum import GradientSum
+from clm_owt.training.optim import OutlierGuard, build_schedule
 from clm_owt.training.processes import Processes
 from clm_owt.training.trainer import Trainer
 
@@ -29,7 +37,8 @@ class StepTrainer(Trainer):
 
     def __init__(self, recipe, model, blocks, processes: Processes, micro_batch: int):
         self.recipe, self.model, self.processes = recipe, model, processes
-        self.blocks = SimpleNamespace(read=lambda start, stop: blocks[start:stop].numpy(), wait_for=lambda stop: None)
+        array = blocks.numpy()
+        self.blocks = SimpleNamespace(read=lambda start, stop: array[start:stop], wait_for=lambda stop: None)
         self.accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
         self.stop = SimpleNamespace(check=lambda: None, signum=None)
         self.state, self.gradient_sum = TrainState(micro_batch=micro_batch), GradientSum()
@@ -92,3 +101,55 @@ def test_a_micro_batch_of_weight_0_has_no_loss_and_no_gradient(step):
     output.loss.backward()
     assert [value.item() for value in output] == [0] * 5
     assert all(not p.grad.any() for p in model.parameters())
+
+
+# By these the host waits for a device: to know a value, or a shape that depends on values, or to copy one there.
+WAITING_CALLS = {"tolist", "cpu", "numpy", "__array__", "tensor"}
+WAITING_OPERATIONS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2"}
+ON_A_CPU_ALONE = ("losses.py", "backward")  # looks whether a factor is 1
+
+
+class Waits(TorchDispatchMode):
+    """Where in the package a host would wait for its device, as (file, function)."""
+
+    def __init__(self):
+        super().__init__()
+        self.places: list[tuple[str, str]] = []
+        self.calls = WaitingCalls(self.see)
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        if func._opname in WAITING_OPERATIONS:
+            self.see()
+        return func(*args, **(kwargs or {}))
+
+    def see(self) -> None:
+        frames = [frame for frame in traceback.extract_stack() if "/clm_owt/" in frame.filename]
+        self.places.append((Path(frames[-1].filename).name, frames[-1].name))
+
+
+class WaitingCalls(TorchFunctionMode):
+    """Calls that no operation of the CPU's shows."""
+
+    def __init__(self, see: Callable[[], None]):
+        super().__init__()
+        self.see = see
+
+    def __torch_function__(self, func, _types, args=(), kwargs=None):
+        if getattr(func, "__name__", None) in WAITING_CALLS:
+            self.see()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_waits_for_the_device_once(step, optimizer):
+    _, recipe, blocks = step
+    recipe = dataclasses.replace(recipe, optimizer=optimizer, skip_outliers=True)
+    trainer = StepTrainer(recipe, build_model(recipe, 300, 0), blocks, OneOfSeveral(1, 0), micro_batch=5)
+    trainer.optimizer = OPTIMIZERS[optimizer].build(trainer.model, recipe, None)
+    trainer.schedule = build_schedule(trainer.optimizer, recipe.schedule(10))
+    trainer.guard = OutlierGuard([], [])
+    trainer.train_step()
+    with Waits() as waits, waits.calls:
+        assert trainer.train_step().skipped is None
+    assert waits.places.count(ON_A_CPU_ALONE) == 4  # a micro-batch each: these are seen
+    assert [place for place in waits.places if place != ON_A_CPU_ALONE] == [("trainer.py", "train_step")]

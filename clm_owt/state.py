@@ -16,6 +16,8 @@ class TrainState:
     validation_loss: float | None = None  # of `validated_step`
     best_validation_loss: float | None = None
     not_finite_in_a_row: int = 0  # the last steps, whose loss or gradient was not finite
+    loss_scale: float | None = None  # under float16; for so many steps in a row without an overflow
+    steps_at_loss_scale: int = 0
     elapsed_seconds: float = 0.0  # of training, validation and all else, over all sessions of the run
     tracker_ids: dict[str, str] = field(default_factory=dict)
     recent_losses: list[float] = field(default_factory=list)  # what skip_outliers judges by

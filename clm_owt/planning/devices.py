@@ -84,8 +84,12 @@ DEVICES = (
         "NVIDIA HGX B200 datasheet: an eighth of half the sparse rate",
     ),
     Device("l4", "L4", r"\bL4$", 22.0, 121, 300, 32, "NVIDIA L4 datasheet: half the sparse rate"),
-    # Turing has no bf16, and this project does not train in fp16, which would need a loss scale.
-    Device("t4", "T4", r"\bT4$", 14.6, 8.1, 320, 16, "NVIDIA T4 datasheet, float32", "no"),
+    # Turing and Volta have no bf16.
+    Device("t4", "T4", r"\bT4$", 14.6, 65, 320, 16, "NVIDIA T4 datasheet, float16", "fp16"),
+    Device("v100", "V100 16 GB", r"V100-SXM\d-16GB", 15.8, 125, 900, 150, "NVIDIA V100 datasheet, float16", "fp16"),
+    Device(
+        "v100-32gb", "V100 32 GB", r"V100-SXM\d-32GB", 31.7, 125, 900, 150, "NVIDIA V100 datasheet, float16", "fp16"
+    ),
     # The GPU of a Mac may use two thirds of the memory it shares; these are common sizes.
     Device("m1", "M1 16 GB", r"Apple M1$", 10.7, 2.6, 68, 68, "Apple, 10 November 2020, float32", "no"),
     Device("m1-max", "M1 Max 32 GB", r"Apple M1 Max$", 21.3, 10.4, 400, 400, "Apple, 18 October 2021, float32", "no"),
@@ -105,7 +109,7 @@ class Hardware:
     """What a run computes on, the same for each of its processes. It is made once, when the processes have started.
 
     device_type: `cpu`, `cuda` or `mps`; device_name: as the driver gives it; memory: bytes of the smallest device, on
-    a CPU what cgroup and `ulimit` allow; mixed_precision: Accelerate's `no`, `bf16` or `fp8`; sharded: by FSDP2.
+    a CPU what cgroup and `ulimit` allow; mixed_precision: Accelerate's `no`, `bf16`, `fp16`, `fp8`; sharded: by FSDP2.
     """
 
     device_type: str = "cpu"

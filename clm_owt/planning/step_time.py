@@ -37,7 +37,7 @@ HOPPER = Shares(products=0.55, attention=0.18)
 WITHOUT_FLASH_ATTENTION = Shares(products=0.37, attention=0.19)
 SHARES = {
     **dict.fromkeys(("h100", "h100-pcie", "h200", "b200"), HOPPER),
-    **dict.fromkeys(("t4", "v100"), WITHOUT_FLASH_ATTENTION),
+    **dict.fromkeys(("t4", "v100", "v100-32gb"), WITHOUT_FLASH_ATTENTION),
 }
 
 
@@ -63,7 +63,7 @@ class Work:
     gradient: float = 4
 
 
-# Of this project's code, under bf16.
+# Of this project's code, under bf16 or float16.
 #   compiled blocks: Inductor's CUDA code, written out without a GPU; eager ones: tests/planning/test_step_time.py
 #   ends: 38 forward (two reads of an embedding, their sum, LayerNorm, a copy, a cast), 56 backward
 #   loss: Inductor's code for the softmax of a chunk, 60, and a rounded copy, 6

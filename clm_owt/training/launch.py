@@ -43,9 +43,13 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
             "accelerate config: FSDP comes up as version 1, or on a CPU as a copy of the model in each process; set "
             "fsdp_version: 2 (accelerate_configs/fsdp2.yaml), or on a CPU take accelerate_configs/cpu_2proc.yaml"
         )
-    if accelerator.mixed_precision == "fp16":
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would pass over it
+        raise InputError("accelerate config: mixed_precision fp16 needs a GPU; on a CPU take no")
+    bf16_on_cuda = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda"
+    if bf16_on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InputError(
-            "accelerate config: mixed_precision fp16 needs a loss scale, which this loop has not; use bf16, or no"
+            f"accelerate config: mixed_precision bf16, which {torch.cuda.get_device_name()} has not; take fp16, as "
+            "accelerate_configs/single_gpu_fp16.yaml does"
         )
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
         refuse_slow_bf16()

@@ -1,6 +1,8 @@
-"""What builds the optimizers of clm_owt/optimizers.py, and their learning rate; and which steps are outliers."""
+"""What builds the optimizers of clm_owt/optimizers.py, and their learning rate; the loss scale of float16; and which
+steps are outliers."""
 
 import statistics
+from collections.abc import Iterable
 
 import torch
 from torch.optim import AdamW, Optimizer
@@ -14,6 +16,11 @@ from clm_owt.training.muon import Muon
 from clm_owt.training.processes import Processes
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")
+
+# The loss scale of float16, as torch.amp.GradScaler moves it. At the least a gradient that overflows is no matter of
+# scale.
+FIRST_LOSS_SCALE, LEAST_LOSS_SCALE = 2.0**16, 1.0
+STEPS_BEFORE_GROWTH = 2000
 
 
 def build_adamw(model: torch.nn.Module, recipe: Recipe, processes: Processes | None = None) -> AdamW:
@@ -63,6 +70,23 @@ def build_schedule(optimizer: Optimizer, rates: Schedule, completed_steps: int =
         )
         schedule.step()
     return schedule
+
+
+def next_loss_scale(scale: float, steps: int, overflowed: bool) -> tuple[float, int]:
+    """The loss scale after a step that was taken with `scale`, after `steps` others in a row without an overflow; and
+    how many these are now. Half of it after an overflow, twice after 2,000 steps without one.
+
+    (GradScaler itself keeps its scale on the device and asks each step whether a gradient was infinite, for which the
+    host would wait. Here the host knows the gradient's norm anyway, the same on all processes.)
+    """
+    if overflowed:
+        return max(scale / 2, LEAST_LOSS_SCALE), 0
+    return (scale * 2, 0) if steps + 1 == STEPS_BEFORE_GROWTH else (scale, steps + 1)
+
+
+def unscale(parameters: Iterable[torch.nn.Parameter], scale: float) -> None:
+    """Divide the gradients by the loss scale, a power of two: exact, but for numbers that float32 hardly holds."""
+    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / scale)
 
 
 class OutlierGuard:

@@ -34,7 +34,14 @@ from clm_owt.training import checkpoint, run_folder
 from clm_owt.training.contention import Contention
 from clm_owt.training.device_memory import is_out_of_memory
 from clm_owt.training.micro_batch_search import WHAT_HELPS, MicroBatchSearch
-from clm_owt.training.optim import OutlierGuard, build_schedule
+from clm_owt.training.optim import (
+    FIRST_LOSS_SCALE,
+    LEAST_LOSS_SCALE,
+    OutlierGuard,
+    build_schedule,
+    next_loss_scale,
+    unscale,
+)
 from clm_owt.training.processes import DoesNotFit, Processes, full_tensor
 from clm_owt.training.run_folder import ExistingRun
 from clm_owt.training.validation import evaluate
@@ -50,12 +57,14 @@ MAX_FAILED_SAVES = 3
 @dataclass(frozen=True)
 class StepResult:
     """Of one step: its statistics, means over the predicted tokens of the global batch; the norm of its gradient
-    before clipping; the rate it was taken with. `skipped` says why the weights were left as they were, if they were.
+    before clipping; the rate it was taken with, and under float16 the loss scale. `skipped` says why the weights were
+    left as they were, if they were.
     """
 
     statistics: LossStatistics
     grad_norm: float
     learning_rate: float
+    loss_scale: float | None
     skipped: str | None
 
 
@@ -109,6 +118,10 @@ class Trainer:
         self.state = self.restore(existing) if existing.checkpoint is not None else TrainState()
         if not (found.from_plan and self.state.micro_batch):  # on the same machine an earlier step-down stays
             self.state.micro_batch = found.micro_batch
+        if accelerator.mixed_precision != "fp16":
+            self.state.loss_scale = None
+        elif self.state.loss_scale is None:
+            self.state.loss_scale = FIRST_LOSS_SCALE
         self.schedule = build_schedule(
             self.optimizer, recipe.schedule(self.total_steps), completed_steps=self.state.step
         )
@@ -186,7 +199,13 @@ class Trainer:
         state.step += 1
         state.position += self.recipe.effective_batch_size
         state.tokens += self.tokens_per_step
-        state.not_finite_in_a_row = state.not_finite_in_a_row + 1 if result.skipped == "not finite" else 0
+        if result.skipped != "overflow":  # which says nothing about the weights
+            state.not_finite_in_a_row = state.not_finite_in_a_row + 1 if result.skipped == "not finite" else 0
+        if state.loss_scale is not None:
+            overflowed = not math.isfinite(result.grad_norm)
+            state.loss_scale, state.steps_at_loss_scale = next_loss_scale(
+                state.loss_scale, state.steps_at_loss_scale, overflowed
+            )
 
     def check_skipped(self, result: StepResult) -> None:
         """Raises RunFailed after too many steps in a row that were not finite."""
@@ -211,21 +230,31 @@ class Trainer:
             raise
         self.gradient_sum.finish()
         sums = self.processes.sum(sums)
-        grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm))
+        parameters, loss_scale = list(self.model.parameters()), self.state.loss_scale
+        if loss_scale is not None:
+            unscale(parameters, loss_scale)
+        grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm))
         # The one place of a step where the host waits for the device.
         *sums, norm = torch.cat([sums, grad_norm.reshape(1)]).tolist()
         statistics = LossStatistics(*sums)
-        skipped = None
-        if not (math.isfinite(statistics.loss) and math.isfinite(norm)):
-            skipped = "not finite"
-        elif self.guard is not None and self.guard.is_outlier(statistics.loss, norm):
-            skipped = "outlier"
+        skipped = self.why_to_skip(statistics.loss, norm)
         learning_rate = self.schedule.get_last_lr()[0]
         if skipped is None:
             self.optimizer.step()
         self.schedule.step()
         self.discard_gradients()
-        return StepResult(statistics, norm, learning_rate, skipped)
+        return StepResult(statistics, norm, learning_rate, loss_scale, skipped)
+
+    def why_to_skip(self, loss: float, grad_norm: float) -> str | None:
+        """Whether the weights are to stay as they are in a step of this loss and gradient norm, and why."""
+        if not math.isfinite(loss):
+            return "not finite"
+        if not math.isfinite(grad_norm):
+            scale = self.state.loss_scale
+            return "overflow" if scale is not None and scale > LEAST_LOSS_SCALE else "not finite"
+        if self.guard is not None and self.guard.is_outlier(loss, grad_norm):
+            return "outlier"
+        return None
 
     def until_it_fits(self, what: str, attempt: Callable[[], T]) -> T:
         """The result of `attempt`, which is repeated with a smaller micro-batch as long as it raises DoesNotFit."""
@@ -318,7 +347,9 @@ class Trainer:
             )
         if before_backward is not None:
             before_backward()
-        output.loss.backward()
+        # Under float16 the gradients of a loss so many times as large: its own would round to zero.
+        scale = self.state.loss_scale
+        output.loss.backward(None if scale is None else torch.full_like(output.loss, scale))
         return torch.stack([value.detach() for value in output])
 
     def discard_gradients(self) -> None:
@@ -389,6 +420,8 @@ class Trainer:
             "micro_batch": state.micro_batch,
             **self.throughput.read(),
         }
+        if result.loss_scale is not None:
+            row["loss_scale"] = result.loss_scale
         if result.skipped:
             batch = self.recipe.effective_batch_size
             row["skipped"] = result.skipped
@@ -396,6 +429,7 @@ class Trainer:
             self.log.say(
                 f"step {state.step}: skipped ({result.skipped}): loss {statistics.loss:.4g}, "
                 f"gradient norm {result.grad_norm:.4g}; the weights are as before"
+                + (f", the loss scale is now {state.loss_scale:,g}" if result.skipped == "overflow" else "")
             )
         self.log.train_row(row)
         if warning := self.contention and self.contention.warning():

@@ -7,9 +7,11 @@ SPEC is a JSON file with a list of runs, done one after the other by the same pr
     gradients       true: and the weights before each step, loss and gradient there
     weights         folder of an earlier record: loss and gradient are taken at the weights recorded there
     errors          [{"rank", "at", "kind", "times"}]: `at` is the number of a step, "last micro-batch of STEP" or
-                    "validation"; `kind` is "memory" or "other"
+                    "validation"; `kind` is "memory", "kill" or "other". At "loss scale of STEP" it is so large that
+                    the gradient overflows
     budgets         {rank: bytes} that the memory is said to be
     rlimit          {rank: bytes} of address space left to that process when its search begins
+    float16         fp16, which Accelerate does not do on a CPU
     sharded         FSDP2 over gloo, which Accelerate does not do on a CPU
     copy_of         folder of an earlier run, from whose copy this one goes on
     back_to         step after which it goes on: the copy's later checkpoints are removed, and it is not finished
@@ -22,6 +24,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -53,13 +56,22 @@ class Watch:
         if self.record:
             self.record.mkdir(parents=True, exist_ok=True)
 
-    def fail_where_asked(self, at: object) -> None:
+    def asked(self, at: object) -> str | None:
+        """The kind of the error that is to happen here, once."""
         for error in self._errors:
             if error["at"] == at and error["times"] > 0:
                 error["times"] -= 1
-                if error["kind"] == "memory":
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-                raise ValueError("not about memory")
+                return error["kind"]
+        return None
+
+    def fail_where_asked(self, at: object) -> None:
+        kind = self.asked(at)
+        if kind == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "other":
+            raise ValueError("not about memory")
 
 
 class WatchedTrainer(Trainer):
@@ -107,7 +119,11 @@ class WatchedTrainer(Trainer):
         if piece == pieces[0]:
             self.consumed = []  # a step that is repeated begins again
         self.watch.fail_where_asked(step)
+        scale = self.state.loss_scale
+        if self.watch.asked(f"loss scale of {step}"):
+            self.state.loss_scale = 2.0**60
         result = super().forward_and_backward(piece, **more)
+        self.state.loss_scale = scale
         if piece == pieces[-1]:
             self.watch.fail_where_asked(f"last micro-batch of {step}")  # its gradients are there already
         if piece.weight:
@@ -147,8 +163,12 @@ def handed_in(spec: dict, last: bool) -> dict[str, object]:
         def __init__(self, accelerator):
             super().__init__(accelerator)
             self.sharded = spec.get("sharded", False)
+            self.accelerator = accelerator
+            if spec.get("float16"):
+                accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
 
         def __exit__(self, *exception):
+            self.accelerator.state._mixed_precision = "no"
             if last:  # the runs of the list share the process groups
                 super().__exit__(*exception)
 

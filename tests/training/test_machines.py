@@ -27,6 +27,7 @@ CONFIGS = {  # name: (distributed type, machines, processes, precision, on a CPU
     "cpu_bf16.yaml": ("NO", 1, 1, "bf16", True),
     "cpu_2proc.yaml": ("MULTI_GPU", 1, 2, "no", True),
     "single_gpu.yaml": ("NO", 1, 1, "bf16", False),
+    "single_gpu_fp16.yaml": ("NO", 1, 1, "fp16", False),
     "multi_gpu.yaml": ("MULTI_GPU", 1, 8, "bf16", False),
     "multi_node.yaml": ("MULTI_GPU", 2, 16, "bf16", False),
     "fsdp2.yaml": ("FSDP", 1, 8, "bf16", False),
@@ -71,7 +72,7 @@ SETTINGS_REFUSED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("true", "parallelism_config"),
     "ACCELERATE_DYNAMO_BACKEND": ("INDUCTOR", "torch_compile"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("4", "effective_batch_size"),
-    "ACCELERATE_MIXED_PRECISION": ("fp16", "bf16"),
+    "ACCELERATE_MIXED_PRECISION": ("fp16", "on a CPU take no"),
     "ACCELERATE_USE_FSDP": ("true", "cpu_2proc.yaml"),
     "WORLD_SIZE": ("2", "ACCELERATE_USE_CPU=true"),
 }

@@ -140,14 +140,15 @@ class WaitingCalls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("loss_scale", [None, 2.0**16])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_step_waits_for_the_device_once(step, optimizer):
+def test_a_step_waits_for_the_device_once(step, optimizer, loss_scale):
     _, recipe, blocks = step
     recipe = dataclasses.replace(recipe, optimizer=optimizer, skip_outliers=True)
     trainer = StepTrainer(recipe, build_model(recipe, 300, 0), blocks, OneOfSeveral(1, 0), micro_batch=5)
     trainer.optimizer = OPTIMIZERS[optimizer].build(trainer.model, recipe, None)
     trainer.schedule = build_schedule(trainer.optimizer, recipe.schedule(10))
-    trainer.guard = OutlierGuard([], [])
+    trainer.guard, trainer.state.loss_scale = OutlierGuard([], []), loss_scale
     trainer.train_step()
     with Waits() as waits, waits.calls:
         assert trainer.train_step().skipped is None

@@ -44,7 +44,9 @@ def step_memory(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Har
     block = 2 * stream + 14 * compute * width * tokens
     kept = layers * (stream if recipe.gradient_checkpointing else block) + 2 * stream
     head = 4 * vocab_size * width
-    kept += 0 if compute == 4 else 2 * 12 * width * width * layers + head // 2
+    if compute == 2:  # FSDP2 gathers a block's matrices as bf16, and drops them with the block
+        dropped = hardware.sharded and hardware.mixed_precision == "bf16"
+        kept += head // 2 + 2 * 12 * width * width * (min(layers, 2) if dropped else layers)
     chunks = -(-tokens // loss_chunk_rows(vocab_size, hardware.device_type, hardware.memory))
     rows = -(-tokens // chunks)
     work = min(rows, softmax_rows(vocab_size, hardware.device_type)) * vocab_size

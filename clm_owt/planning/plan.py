@@ -4,6 +4,7 @@ Pure arithmetic over the recipe and what is known of data and hardware, but for 
 refused; what will run and probably should not is warned of.
 """
 
+import dataclasses
 import math
 import os
 import shutil
@@ -35,6 +36,8 @@ LARGE_BATCH, LARGE_BATCH_COST = 2_000_000, 0.05
 COARSE_VALIDATION = 0.02  # nats; runs of a sweep differ by less
 
 COSTLY_EVALUATION = 0.05
+
+BUSY_MICRO_BATCH = 8  # blocks; larger ones change little for a GPU
 
 LONG_SAVE_INTERVAL = 3600  # seconds
 
@@ -190,7 +193,10 @@ def make_plan(
         memory=step_memory(recipe, vocab_size, micro_batch, hardware),
         device=hardware.device.name if hardware.device else hardware.device_name,
         seconds=seconds,
-        warnings=tuple(find_warnings(recipe, data, total_steps, parameters, evaluation_share, seconds)),
+        warnings=(
+            *find_warnings(recipe, data, total_steps, parameters, evaluation_share, seconds),
+            *needless_sharding(recipe, vocab_size, micro_batch, hardware),
+        ),
     )
 
 
@@ -261,6 +267,21 @@ def find_warnings(
                 f"lower it to {max(1, fitting):,}"
             )
     return warnings
+
+
+def needless_sharding(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Hardware) -> list[str]:
+    """That parameters are shared out which each device could hold, with micro-batches that keep it busy."""
+    if not hardware.sharded or hardware.device_type == "cpu":
+        return []
+    size, whole = min(micro_batch, BUSY_MICRO_BATCH), dataclasses.replace(hardware, sharded=False)
+    needed = sum(step_memory(recipe, vocab_size, size, whole).values())
+    if needed > recipe.target_memory_utilization * hardware.memory:
+        return []
+    return [
+        f"FSDP2: each device could hold the whole state, an estimated {format_bytes(needed)} of "
+        f"{format_bytes(hardware.memory)} with micro-batches of {size}; accelerate_configs/multi_gpu.yaml is the same "
+        "run without gathering parameters for every micro-batch"
+    ]
 
 
 def is_due(step: int, interval: int | None, total_steps: int) -> bool:

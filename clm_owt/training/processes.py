@@ -11,7 +11,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from clm_owt.console import print_lines
@@ -52,6 +52,7 @@ class Processes:
         self.count = accelerator.num_processes
         self.device = accelerator.device
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.mixed_precision = accelerator.mixed_precision
         self.is_main = accelerator.is_main_process  # which writes and prints
         self.is_first_of_machine = accelerator.is_local_main_process  # which does what is done once a machine
         self._cpu_group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
@@ -115,12 +116,20 @@ class Processes:
         and the root is sharded again after its forward, so that parameters are always shards between steps.
         (`Accelerator.prepare` would make a group of the tied embedding that is gathered when the module `wte` is
         called; the fused loss takes its weight without calling it.)
+
+        Under bf16 the blocks are gathered as bf16, half the bytes, since their products would round them to it; their
+        LayerNorms then have rounded weights too. What comes in, the residual stream, stays float32. So does the root:
+        the stream begins with its embeddings, and the gradient of the tied one is not to be rounded before it is
+        summed.
         """
         if not self.sharded:
             return
         mesh = init_device_mesh(self.device.type, (self.count,))
+        rounded = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module in (*model.transformer.h, model):
-            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+            exact = module is model or self.mixed_precision != "bf16"
+            policy = MixedPrecisionPolicy() if exact else rounded
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 

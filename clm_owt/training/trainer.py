@@ -386,18 +386,21 @@ class Trainer:
         others. Every process samples where the parameters are sharded, since the forward pass is collective there."""
         recipe, processes, stop, step = self.recipe, self.processes, self.stop, self.state.step
         if processes.sharded or processes.is_main:
+            # Weights that are gathered as bf16 go with no float32 input but under autocast.
+            precision = self.accelerator.autocast() if processes.sharded else contextlib.nullcontext()
             try:
-                continuations = sample(
-                    self.model,
-                    self.tokenizer,
-                    recipe.sample_prompts,
-                    max_new_tokens=recipe.sample_max_new_tokens,
-                    temperature=recipe.sample_temperature,
-                    top_p=recipe.sample_top_p,
-                    seed=recipe.seed + step,
-                    # Called after each token; where all sample together, they leave together.
-                    check=functools.partial(processes.agree_to_stop, stop) if processes.sharded else stop.check,
-                )
+                with precision:
+                    continuations = sample(
+                        self.model,
+                        self.tokenizer,
+                        recipe.sample_prompts,
+                        max_new_tokens=recipe.sample_max_new_tokens,
+                        temperature=recipe.sample_temperature,
+                        top_p=recipe.sample_top_p,
+                        seed=recipe.seed + step,
+                        # Called after each token; where all sample together, they leave together.
+                        check=functools.partial(processes.agree_to_stop, stop) if processes.sharded else stop.check,
+                    )
             except Stopped:
                 if processes.sharded:
                     raise

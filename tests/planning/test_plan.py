@@ -404,3 +404,13 @@ def test_the_plan_is_kept_whole_for_machines():
     assert p.to_dict() == {f.name: getattr(p, f.name) for f in dataclasses.fields(p)}
     text = "\n".join(plan_lines(p, owt()))
     assert "on 1 x A100 80 GB: derived from bytes and FLOPs of the code" in text and "to 1.7 times that" in text
+
+
+@pytest.mark.parametrize(("gib", "needless"), [(79.2, True), (39.4, False)])
+def test_a_plan_says_when_a_model_need_not_be_sharded(gib, needless):
+    """GPT-2 XL: weights, gradients and two moments are 25 GB."""
+    xl = load_recipe(["--recipe", "recipes/owt_xl.yaml"])
+    machine = {"device_name": "A100", "memory": int(gib * 2**30), "processes": 8, "mixed_precision": "bf16"}
+    warnings = plan(xl, sharded=True, **machine).warnings
+    assert any("accelerate_configs/multi_gpu.yaml" in text for text in warnings) == needless
+    assert not any("multi_gpu.yaml" in text for text in plan(xl, **machine).warnings)

@@ -11,7 +11,7 @@ SPEC is a JSON file with a list of runs, done one after the other by the same pr
                     the gradient overflows
     budgets         {rank: bytes} that the memory is said to be
     rlimit          {rank: bytes} of address space left to that process when its search begins
-    float16         fp16, which Accelerate does not do on a CPU
+    mixed_precision bf16, or fp16, which Accelerate does not do on a CPU
     sharded         FSDP2 over gloo, which Accelerate does not do on a CPU
     copy_of         folder of an earlier run, from whose copy this one goes on
     back_to         step after which it goes on: the copy's later checkpoints are removed, and it is not finished
@@ -26,13 +26,16 @@ import resource
 import shutil
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import run_clm_owt
 from clm_owt.training import checkpoint, device_memory
@@ -74,6 +77,24 @@ class Watch:
             raise ValueError("not about memory")
 
 
+def layer_norm_as_on_cuda(x, shape, weight, bias, eps, own=F.layer_norm):
+    """CUDA's autocast gives LayerNorm all in float32, a CPU's does not."""
+    return own(x, shape, weight.float(), bias.float(), eps)
+
+
+class Gathered(TorchDispatchMode):
+    """Bytes that are gathered from all processes on their devices, by type."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        if func._opname == "_allgather_base_":
+            self.bytes[str(args[0].dtype)] += args[0].nbytes
+        return func(*args, **(kwargs or {}))
+
+
 class WatchedTrainer(Trainer):
     """Records what each step consumed, and fails where the spec asks for it."""
 
@@ -92,8 +113,10 @@ class WatchedTrainer(Trainer):
         step = self.state.step + 1
         if self.watch.gradients:
             self.write_gradient(step)
-        result = super().train_step()
+        with Gathered() as gathered:
+            result = super().train_step()
         if self.watch.record:
+            (self.watch.record / f"gathered-{rank()}.json").write_text(json.dumps(gathered.bytes))
             with (self.watch.record / f"blocks-{rank()}.jsonl").open("a") as file:
                 file.write(f"{json.dumps({'step': step, 'blocks': self.consumed})}\n")
         return result
@@ -164,11 +187,14 @@ def handed_in(spec: dict, last: bool) -> dict[str, object]:
             super().__init__(accelerator)
             self.sharded = spec.get("sharded", False)
             self.accelerator = accelerator
-            if spec.get("float16"):
-                accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+            self.mixed_precision = accelerator.state._mixed_precision = spec.get("mixed_precision", "no")
+            accelerator.native_amp = self.mixed_precision != "no"
+            if self.sharded and self.mixed_precision == "bf16":
+                F.layer_norm = layer_norm_as_on_cuda
 
         def __exit__(self, *exception):
-            self.accelerator.state._mixed_precision = "no"
+            self.accelerator.state._mixed_precision = "no"  # the runs of the list share it
+            F.layer_norm = layer_norm_as_on_cuda.__defaults__[0]
             if last:  # the runs of the list share the process groups
                 super().__exit__(*exception)
 

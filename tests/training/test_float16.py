@@ -36,7 +36,7 @@ def records(warm, batch_recipe, tmp_path_factory) -> dict[str, Record]:
         options = (*OPTIONS, f"--max_batch_size={micro_batch}")
         record = str(found[name].folder)
         run = watched_run(batch_recipe, found[name].output, *options, errors=errors, record=record, **spec)
-        return run | {"float16": True}
+        return run | {"mixed_precision": "fp16"}
 
     kills = [{"rank": rank, "at": KILLED, "kind": "kill"} for rank in range(2)]
     watch_forked_runs(warm, 1, [make("one", 16, 1)], home)

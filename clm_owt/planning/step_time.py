@@ -100,7 +100,11 @@ ASSUMPTIONS = (
         "ways); H100: that times 335/225, the paper's best rates; without a flash kernel half, assumed",
     ),
     ("memory, share of its rate", "85 %", "assumed: what copies of large tensors reach"),
-    ("link, share of its rate", "80 %", "assumed: NCCL's bus rate in a machine, for large sums; not overlapped"),
+    (
+        "link, share of its rate",
+        "80 %",
+        "assumed: NCCL's bus rate in a machine, for large sums; in full, though buckets go beside the backward",
+    ),
     ("FLOPs of products", "6 a token and parameter of the matrices and the head", "the head of 50,304 columns"),
     ("FLOPs of attention", "7 · length · width a token and layer", "causal: 2 forward, 5 backward, recomputed scores"),
     ("passes", "44 + 104 bytes · width a token and layer", "counted in Inductor's code, forward and backward"),

@@ -20,6 +20,7 @@ from clm_owt.reports.record import read_metrics
 WATCHED = str(Path(__file__).parent / "watched_run.py")
 GLOBAL_BATCH = 16
 STEPS = 20
+STEP_COLLECTIVES = 2  # beside the sum of the gradients: the agreement, and the sum of the statistics
 CHANGES = {
     "validation_documents": 2,
     "effective_batch_size": GLOBAL_BATCH,
@@ -105,6 +106,11 @@ class Record:
 
     def gradient(self, step: int) -> dict:
         return torch.load(self.folder / f"gradient-{step}.pt")
+
+    @property
+    def collectives(self) -> dict[str, dict[str, int]]:
+        """Of the last step on the first process: how often each was called, and the bytes gathered of each type."""
+        return json.loads((self.folder / "collectives-0.json").read_text())
 
     def block_hash(self, step: int) -> str:
         """Of the blocks that all processes consumed in a step, in the order of their positions in the batch."""

@@ -3,7 +3,7 @@
 SPEC is a JSON file with a list of runs, done one after the other by the same processes:
 
     argv            the options of run_clm_owt.py
-    record          folder: the blocks consumed by each step
+    record          folder: the blocks consumed by each step, and the collectives of the last one
     gradients       true: and the weights before each step, loss and gradient there
     weights         folder of an earlier record: loss and gradient are taken at the weights recorded there
     errors          [{"rank", "at", "kind", "times"}]: `at` is the number of a step, "last micro-batch of STEP" or
@@ -82,16 +82,19 @@ def layer_norm_as_on_cuda(x, shape, weight, bias, eps, own=F.layer_norm):
     return own(x, shape, weight.float(), bias.float(), eps)
 
 
-class Gathered(TorchDispatchMode):
-    """Bytes that are gathered from all processes on their devices, by type."""
+class Collectives(TorchDispatchMode):
+    """The calls of collectives, by name, and the bytes that they gather on the devices, by type."""
 
     def __init__(self):
         super().__init__()
-        self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self.gathered: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.calls[func._opname] += 1
         if func._opname == "_allgather_base_":
-            self.bytes[str(args[0].dtype)] += args[0].nbytes
+            self.gathered[str(args[0].dtype)] += args[0].nbytes
         return func(*args, **(kwargs or {}))
 
 
@@ -113,10 +116,11 @@ class WatchedTrainer(Trainer):
         step = self.state.step + 1
         if self.watch.gradients:
             self.write_gradient(step)
-        with Gathered() as gathered:
+        with Collectives() as collectives:
             result = super().train_step()
         if self.watch.record:
-            (self.watch.record / f"gathered-{rank()}.json").write_text(json.dumps(gathered.bytes))
+            last = {"calls": collectives.calls, "gathered": collectives.gathered}
+            (self.watch.record / f"collectives-{rank()}.json").write_text(json.dumps(last))
             with (self.watch.record / f"blocks-{rank()}.jsonl").open("a") as file:
                 file.write(f"{json.dumps({'step': step, 'blocks': self.consumed})}\n")
         return result

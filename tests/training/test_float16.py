@@ -7,7 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.runs import timeless_metrics
-from support.watched_fixtures import Record, assert_same_blocks, relative, watch_forked_runs, watched_run
+from support.watched_fixtures import (
+    STEP_COLLECTIVES,
+    Record,
+    assert_same_blocks,
+    relative,
+    watch_forked_runs,
+    watched_run,
+)
 
 from clm_owt.errors import RunFailed
 from clm_owt.model.gpt2 import build_model
@@ -64,6 +71,13 @@ def test_the_losses_under_float16_are_those_of_any_cut(records, name):
     for a, b in zip(records[name].rows("train"), records["one"].rows("train"), strict=True):
         assert relative(a["loss"], b["loss"]) < 1e-4
     assert_same_blocks(records[name], records["one"])
+
+
+def test_a_step_sums_its_gradients_in_buckets_beside_which_there_are_two_collectives(records):
+    """One bucket here; test_gradient_sum.py counts those of GPT-2 small. The others are the agreement and the sum of
+    the statistics."""
+    assert records["one"].collectives["calls"] == {}
+    assert records["two"].collectives["calls"] == {"allreduce_": 1 + STEP_COLLECTIVES}
 
 
 def test_a_killed_run_continues_with_its_scale_bit_for_bit(records):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from support.watched_fixtures import STEP_COLLECTIVES
 from torch.distributed import ProcessGroup
 from torch.futures import Future
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +21,6 @@ from clm_owt.training.processes import DoesNotFit, Processes
 
 SMALL_BUCKET = 20_000  # bytes: makes eight buckets of the model below
 OPTIONS = {"bos_token_id": 0, "eos_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-STEP_COLLECTIVES = 2  # beside the gradients: the agreement, and the sum of the statistics
 
 
 def test_buckets_are_consecutive_and_a_large_gradient_is_one_by_itself():

@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 REPORT ?= test-gpu.json
 
-.PHONY: quickstart test test-slow test-faults test-browser test-tasks test-gpu lint format clean
+.PHONY: quickstart test test-kernels test-slow test-faults test-browser test-tasks test-gpu lint format clean
 
 # The number of threads is given, or the launcher would warn that it chose it.
 quickstart: $(VENV)/.installed
@@ -27,6 +27,11 @@ test-slow: $(VENV)/.installed-test
 # Pages opened in a real browser: needs chromium (Debian, Ubuntu: apt install chromium).
 test-browser: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m browser
+
+# The CUDA code of the loss, written out and compiled without a GPU: needs g++.
+test-kernels: $(VENV)/.installed-test
+	$(PIP_INSTALL) --editable '.[test,kernels]'
+	$(BIN)/python -m pytest -m kernels
 
 # Zero-shot tasks on local data, with lm-evaluation-harness.
 test-tasks: $(VENV)/.installed-test

@@ -58,7 +58,7 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
         model = gpt2.build_model(recipe, len(tokenizer), tokenizer.eos_token_id).to(accelerator.device)
         if hardware.mixed_precision == "fp8":
             group.say(fp8.convert(model, accelerator))
-        gpt2.compile_blocks(model, recipe.torch_compile, accelerator.device)
+        group.say(*gpt2.compile_blocks(model, recipe.torch_compile, accelerator.device))
 
         # Plan: fixed when the run begins.
         store.wait_for_first_step(check, group.say)

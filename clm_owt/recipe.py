@@ -54,6 +54,9 @@ def one_of(*choices: Any) -> Rule:
     return Rule(lambda value: value in choices, f"one of {names}")
 
 
+# Keys that older recipes may have, and what came in their place. Without a value they had no effect, and have none.
+REMOVED_KEYS = {"pad_vocab_multiple": "the loss pads the vocabulary by itself where that is faster"}
+
 # What a run that branches off another one may have otherwise: its rates and its length, what its steps are made of,
 # and no longer what the checkpoint holds.
 FREE_IN_A_BRANCH = frozenset(
@@ -101,7 +104,6 @@ class Recipe:
     n_embd: int = result_key("width", 768, at_least(1))
     dropout: float = result_key("dropout probability, everywhere in the model", 0.0, fraction("[", ")"))
     init_from: str | None = result_key("weights to continue from (Hub id or folder); none: from scratch", None)
-    pad_vocab_multiple: int | None = result_key("pad the vocabulary in training to a multiple", None, at_least(1))
     # optimisation
     optimizer: str = result_key("muon: for the blocks' matrices, AdamW for the rest", "adamw", one_of(*OPTIMIZERS))
     effective_batch_size: int = result_key("blocks per optimizer step, over all processes", rule=at_least(1))

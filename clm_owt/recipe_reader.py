@@ -27,6 +27,7 @@ from clm_owt.recipe import (
     FILE_FORMATS,
     GROUPS,
     PYTHON_DOCS,
+    REMOVED_KEYS,
     TRACKERS,
     TYPES,
     VALIDATION_KEYS,
@@ -180,6 +181,8 @@ def parse_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, list[st
 
 def unknown_key(name: str, where: str) -> str:
     plain = name.lstrip("-").replace("-", "_").lower()
+    if plain in REMOVED_KEYS:
+        return f"{where}: {name} is no longer a key: {REMOVED_KEYS[plain]}; remove it"
     known = (*FIELDS, "plan_only", "recipe")
     close = [OTHER_NAMES[plain]] if plain in OTHER_NAMES else difflib.get_close_matches(plain, known, n=1)
     hint = f"did you mean {close[0]}?" if close else "see run_clm_owt.py --help for the keys"
@@ -204,6 +207,7 @@ def read_recipe_file(path: Path) -> tuple[dict[str, Any], list[str]]:
         raise RecipeError([f"{path}{line}: not valid YAML: {reason}"]) from error
     if not isinstance(content, dict):
         raise RecipeError([f"{path}: expected lines of the form `key: value`, got {type(content).__name__}"])
+    content = {name: value for name, value in content.items() if name not in REMOVED_KEYS or value is not None}
     unknown = [unknown_key(str(name), str(path)) for name in content if name not in FIELDS]
     return {name: value for name, value in content.items() if name in FIELDS}, unknown
 

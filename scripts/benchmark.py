@@ -147,8 +147,7 @@ def benchmark_step(argv: list[str]) -> None:
     shape = (options.micro_batch, recipe.block_size)
     blocks = torch.randint(options.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     blocks = blocks.to(accelerator.device)
-    unpadded = dataclasses.replace(recipe, pad_vocab_multiple=None)
-    weights = build_model(unpadded, options.vocab_size, eos_token_id=0).state_dict()
+    weights = build_model(recipe, options.vocab_size, eos_token_id=0).state_dict()
 
     cases = []
     for path in options.paths or ("ours", "transformers", "plain"):

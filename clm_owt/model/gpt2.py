@@ -5,17 +5,25 @@ What is saved is an ordinary `GPT2LMHeadModel`, whatever was done to train it fa
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from clm_owt.errors import InputError
-from clm_owt.model.losses import IGNORE_INDEX, fused_linear_loss
+from clm_owt.model.losses import (
+    IGNORE_INDEX,
+    MOST_COMPILED_TOP_K,
+    MOST_VARIANTS,
+    compiled_softmax,
+    fused_linear_loss,
+)
 from clm_owt.recipe import Recipe, is_compiled
 
 # GPT-2's tanh approximation of GELU: one fused kernel, and the name under which GPT-2 has always been published. They
@@ -27,9 +35,7 @@ EXPORTED_ACTIVATION = "gelu_new"
 class GPT2ForPretraining(GPT2LMHeadModel):
     """`GPT2LMHeadModel` with a fused linear loss and sharpness penalty.
 
-    The penalty stands in attributes and not in the config, since it is no part of the model that is saved. The
-    embedding may have more rows than `config.vocab_size` (see `pad_vocabulary`): they are in no softmax, neither in
-    training nor in generation, and are not saved.
+    The penalty stands in attributes and not in the config, since it is no part of the model that is saved.
     """
 
     def __init__(self, config: GPT2Config):
@@ -50,13 +56,11 @@ class GPT2ForPretraining(GPT2LMHeadModel):
         """With labels [m, T] (usually the input_ids; -100 is ignored): the loss of predicting token t + 1 from those
         up to t, T - 1 positions a row, as `LossStatistics`. Sums are divided by `num_items_in_batch` (an int or a
         0-d tensor; default: the targets of this call), so that the micro-batches and processes of one step add up.
-        Without labels: the parent's output, with logits [m, T, vocab_size]."""
-        vocab_size = self.config.vocab_size
+        Without labels: the parent's output, with logits [m, T, vocab_size], and nothing of it compiled: a text that
+        grows has a new shape at every token."""
         if labels is None:
-            output = super().forward(input_ids, **kwargs)
-            if self.lm_head.weight.shape[0] > vocab_size:
-                output["logits"] = output.logits[..., :vocab_size]
-            return output
+            with torch.compiler.set_stance("force_eager"):
+                return super().forward(input_ids, **kwargs)
         if kwargs:
             raise TypeError(f"with labels the model takes nothing beside input_ids, got {', '.join(kwargs)}")
 
@@ -73,7 +77,6 @@ class GPT2ForPretraining(GPT2LMHeadModel):
             penalty_type=self.penalty_type,
             penalty_weight=self.penalty_weight,
             penalty_top_k=self.penalty_top_k,
-            vocab_size=vocab_size,
         )
 
     def _hidden_states(self, input_ids: Tensor) -> Tensor:
@@ -90,25 +93,12 @@ class GPT2ForPretraining(GPT2LMHeadModel):
             hidden = block(hidden)
         return transformer.ln_f(hidden)
 
-    @torch.no_grad()
-    def pad_vocabulary(self, multiple: int) -> None:
-        """Rows of zeros are added to the embedding until their number is a multiple, for the sake of the matrix units
-        of accelerators. They change nothing: no id refers to them, no softmax holds them, their gradient is zero."""
-        embedding = self.transformer.wte
-        rows = -(-self.config.vocab_size // multiple) * multiple
-        embedding.weight = nn.Parameter(
-            F.pad(embedding.weight[: self.config.vocab_size], (0, 0, 0, rows - self.config.vocab_size))
-        )
-        embedding.num_embeddings = self.lm_head.out_features = rows
-        self.lm_head.weight = embedding.weight
-
     def save_pretrained(self, save_directory: str | Path, *, state_dict: dict[str, Tensor] | None = None, **kwargs):
-        """Writes an ordinary `GPT2LMHeadModel`: unpadded vocabulary, `gelu_new`, no prefix of torch.compile.
+        """Writes an ordinary `GPT2LMHeadModel`: `gelu_new`, no prefix of torch.compile.
         `state_dict` (default: this model's) is the whole state, as `accelerator.get_state_dict` gives it."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         state_dict = {name.replace("_orig_mod.", ""): tensor for name, tensor in state_dict.items()}
-        embedding = state_dict["transformer.wte.weight"][: self.config.vocab_size]
-        state_dict |= {"transformer.wte.weight": embedding, "lm_head.weight": embedding}
+        state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
 
         config = GPT2Config.from_dict(self.config.to_dict() | {"activation_function": EXPORTED_ACTIVATION})
         with torch.device("meta"):
@@ -140,8 +130,8 @@ def model_config(recipe: Recipe, vocab_size: int, eos_token_id: int) -> GPT2Conf
 def build_model(recipe: Recipe, vocab_size: int, eos_token_id: int, check_weights: bool = True) -> GPT2ForPretraining:
     """The recipe's model on CPU, in float32, with tied embeddings.
 
-    New weights are drawn from `recipe.seed` without touching the global random state, and before the vocabulary is
-    padded, so that they are the same on every machine. Raises InputError where `init_from` is not a GPT-2 of the
+    New weights are drawn from `recipe.seed` without touching the global random state, so that they are the same on
+    every machine. Raises InputError where `init_from` is not a GPT-2 of the
     recipe's shape, RuntimeError where transformers did not initialise the weights as GPT-2's are (looked at with
     `check_weights`; tensors without data have nothing to look at).
     """
@@ -157,22 +147,49 @@ def build_model(recipe: Recipe, vocab_size: int, eos_token_id: int, check_weight
     model.penalty_type = recipe.penalty_type
     model.penalty_weight = recipe.penalty_weight
     model.penalty_top_k = recipe.penalty_top_k
-    if recipe.pad_vocab_multiple is not None:
-        model.pad_vocabulary(recipe.pad_vocab_multiple)
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model.train()
 
 
-def compile_blocks(model: GPT2ForPretraining, torch_compile: bool | Literal["auto"], device: torch.device) -> None:
-    """torch.compile for every transformer block and for the softmax of the loss, in place: names of parameters stay as
-    they are, and the blocks share what is compiled. `auto`: on CUDA alone. There the passes between matrix products
-    wait for memory (as others measured, not yet this project); on a CPU they are a small part of a step, and compiling
-    takes a minute."""
-    if is_compiled(torch_compile, device.type):
+def compile_blocks(
+    model: GPT2ForPretraining,
+    torch_compile: bool | Literal["auto"],
+    device: torch.device,
+    backend: str | Callable = "inductor",
+) -> list[str]:
+    """torch.compile for every transformer block and for the softmax of the loss, in place, and lines on what is left
+    out. Names of parameters stay as they are, and the blocks share what is compiled. `auto`: on CUDA alone. There the
+    passes between matrix products wait for memory (as others measured, not yet this project); on a CPU they are a
+    small part of a step, and compiling takes a minute.
+
+    Every shape is a graph of its own and one graph (`fullgraph`), never one for changing shapes, so that a kernel does
+    not depend on what ran before it. What cannot be compiled raises, and nothing runs uncompiled instead.
+    """
+    if not is_compiled(torch_compile, device.type):
+        return []
+    left_out = []
+    if any(type(module).__module__.startswith("transformer_engine") for module in model.transformer.h.modules()):
+        left_out.append("torch_compile: the loss alone; Transformer Engine's layers cannot be part of a graph")
+    else:
+        forward = torch.compile(
+            type(model.transformer.h[0]).forward,
+            fullgraph=True,
+            dynamic=False,
+            backend=backend,
+            recompile_limit=MOST_VARIANTS,
+        )
         for block in model.transformer.h:
-            block.compile()
-        model.linear_loss = functools.partial(fused_linear_loss, compiled=True)
+            # Not `block.compile()`: the hooks by which FSDP2 gathers a block's parameters stay outside of the graph.
+            block.forward = MethodType(forward, block)
+    if model.penalty_type == "top_k_mass" and model.penalty_top_k > MOST_COMPILED_TOP_K:
+        left_out.append(
+            f"torch_compile: the blocks alone; with penalty_top_k {model.penalty_top_k} (above {MOST_COMPILED_TOP_K}) "
+            "the loss is not compiled"
+        )
+    else:
+        model.linear_loss = functools.partial(fused_linear_loss, softmax=compiled_softmax(backend))
+    return left_out
 
 
 @torch.no_grad()

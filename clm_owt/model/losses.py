@@ -9,16 +9,20 @@ For logits z = W h with p = softmax(z), m = argmax z, H = -sum p log p, K the k 
     top_k_mass     1 - S            S p - p 1_K
 
 and p - e_y for cross-entropy of target y. The gradient of a chunk of logits is known as soon as the chunk is, so the
-forward overwrites the logits with it and multiplies it at once into the gradients of hidden states and weight: three
-matrix products per chunk, nothing of size N x V, and a backward that has nothing left to do.
+forward multiplies it at once into the gradients of hidden states and weight: three matrix products per chunk, nothing
+of size N x V, and a backward that has nothing left to do.
+
+What happens between the products is written twice. `_InPlaceSoftmax` overwrites the logits, block by block, which
+suits a CPU's cache. `softmax_and_gradient` is a function without side effects, of which torch.compile makes one
+kernel; the tests compare the two.
 
 What exists serves less: the loss of torch 2.13's `F.linear_cross_entropy` is wrong for bf16 inputs (9.1 where it is
 10.9), and on a CPU it was no faster than all logits at once; Liger's kernel has neither penalty nor statistics.
 """
 
 import contextlib
-import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clm_owt.batch import IGNORE_INDEX, loss_chunk_rows, softmax_rows
+from clm_owt.batch import IGNORE_INDEX, loss_chunk_rows, padded_columns, softmax_rows
 from clm_owt.recipe import PENALTY_TYPES
 
 
@@ -43,7 +47,7 @@ class LossStatistics(NamedTuple):
     is ce_loss + penalty_weight * penalty, the only one with a gradient; `max_prob` the probability of the likeliest
     token; `entropy` is in nats. In a row they are the floats that these sums come to: means over all tokens.
 
-    To add one: its formula in `_softmax_block` and `reference_linear_loss`, in this order, and its name here.
+    To add one: its formula in `_statistics` and `reference_linear_loss`, in this order, and its name here.
     """
 
     loss: Tensor | float
@@ -51,6 +55,16 @@ class LossStatistics(NamedTuple):
     penalty: Tensor | float
     max_prob: Tensor | float
     entropy: Tensor | float
+
+
+# Graphs that torch.compile may keep of one function. A step needs two of a block, one for each size of micro-batch,
+# validation two, and each size that was tried or stepped down from leaves one more. At the limit it raises.
+MOST_VARIANTS = 200
+# The compiled softmax finds each of the k likeliest of top_k_mass in a pass of its own: 74 bytes a logit for 16 of
+# them, as many as it takes in a dozen passes.
+MOST_COMPILED_TOP_K = 16
+# The order of magnitude for which the compiled softmax is laid out: 8,800 rows of GPT-2's vocabulary in 80 GB.
+TYPICAL_ROWS = 8192
 
 
 # A graph break under torch.compile: the time is in the matrix products, which are library calls either way.
@@ -64,22 +78,19 @@ def fused_linear_loss(
     penalty_type: str = "non_max_sum",
     penalty_weight: float = 0.0,
     penalty_top_k: int = 5,
-    vocab_size: int | None = None,
     chunk_rows: int | None = None,
     block_rows: int | None = None,
-    compiled: bool = False,
+    softmax: "Softmax | None" = None,
 ) -> LossStatistics:
     """Cross-entropy plus `penalty_weight` times the sharpness penalty of softmax(hidden @ weight.T).
 
     hidden [N, D] and weight [V, D] floating, targets [N] int64, -100 where a position does not count. Under autocast
     the matrix products are in its dtype; softmax, sums and the accumulation of the weight's gradient stay in float32.
     `num_items`, an int or a 0-d tensor, is what sums are divided by: with the number of targets of the whole step,
-    micro-batches and processes simply add up. Rows of `weight` from `vocab_size` on are padding: in no softmax, and
-    with a gradient of zero. `chunk_rows` is how many rows of logits exist at a time, `block_rows` how many of them
-    pass through the softmax together (default: what suits the device). `compiled`: the softmax and all that is made of
-    it become one kernel of torch.compile, where they are else a dozen passes over the chunk. Where no gradient is
-    wanted (no_grad, or nothing requires one) only the first of the three products is done. Raises ValueError for an
-    unknown penalty type or a k below 1.
+    micro-batches and processes simply add up. `chunk_rows` is how many rows of logits exist at a time (default: what
+    suits the device). `softmax` is what is done to them, a `compiled_softmax()`; by default a dozen passes in place,
+    over `block_rows` of them together. Where no gradient is wanted (no_grad, or nothing requires one) only the first
+    of the three products is done. Raises ValueError for an unknown penalty type or a k below 1.
     """
     penalty = _penalty(penalty_type, penalty_weight, penalty_top_k)
     device_type = hidden.device.type
@@ -89,11 +100,13 @@ def fused_linear_loss(
         dtype = torch.get_autocast_dtype(device_type)
     # An int stays a Python number: a tensor of it would have to be copied to the device, which waits for the copy.
     scale = 1 / (num_items.to(_statistics_dtype(dtype)) if isinstance(num_items, Tensor) else num_items)
-    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
-    chunk_rows = chunk_rows or loss_chunk_rows(vocab_size, device_type, _device_memory(hidden.device))
-    block_rows = block_rows or softmax_rows(vocab_size, device_type)
-    softmax_block = _compiled_softmax_block() if compiled else _softmax_block
-    arguments = (hidden, weight, targets, scale, penalty, vocab_size, chunk_rows, block_rows, dtype, softmax_block)
+    vocab_size = len(weight)
+    chunk_rows = chunk_rows or loss_chunk_rows(
+        vocab_size, device_type, _device_memory(hidden.device), dtype.itemsize, softmax is not None
+    )
+    chunk_rows = min(chunk_rows, len(hidden))
+    softmax = softmax or _InPlaceSoftmax(chunk_rows, vocab_size, block_rows or softmax_rows(vocab_size, device_type))
+    arguments = (hidden, weight, targets, scale, penalty, chunk_rows, dtype, softmax)
     with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
             return LossStatistics(*_FusedLinearLoss.apply(*arguments))
@@ -109,11 +122,10 @@ def reference_linear_loss(
     penalty_type: str = "non_max_sum",
     penalty_weight: float = 0.0,
     penalty_top_k: int = 5,
-    vocab_size: int | None = None,
 ) -> LossStatistics:
     """What `fused_linear_loss` computes, written down plainly: all logits at once, gradients by autograd."""
     penalty = _penalty(penalty_type, penalty_weight, penalty_top_k)
-    logits = F.linear(hidden, weight)[:, :vocab_size]
+    logits = F.linear(hidden, weight)
     logits = logits.to(_statistics_dtype(logits.dtype))
     valid = targets != IGNORE_INDEX
     log_p = logits.log_softmax(-1)
@@ -167,39 +179,32 @@ class _FusedLinearLoss(torch.autograd.Function):
         # device, and the product is some 0.1 ms.
         unchanged = grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
         grads = [g if g is None or unchanged else (g * grad_loss).to(g.dtype) for g in ctx.saved_tensors]
-        return *grads, *[None] * 8
+        return *grads, *[None] * 6
 
 
 def _loss_and_gradients(
-    hidden,
-    weight,
-    targets,
-    scale,
-    penalty,
-    vocab_size,
-    chunk_rows,
-    block_rows,
-    dtype,
-    softmax_block,
-    *,
-    want_hidden,
-    want_weight,
+    hidden, weight, targets, scale, penalty, chunk_rows, dtype, softmax, *, want_hidden, want_weight
 ):
     """The statistics, and the gradients of the loss by hidden and weight where wanted, else None."""
     device, exact = hidden.device, _statistics_dtype(dtype)
     N, D = hidden.shape
+    vocab_size = len(weight)
     # Chunks of about one size: a short last one would read and write the whole weight for little.
     chunk_rows = -(-N // -(-N // chunk_rows))
-    # Rows start on boundaries that matrix units like: with a stride of 50,257 floats the first product runs at 0.7 of
-    # the speed it has with 50,272 (128 against 176 GFLOP/s on a 2-core Zen 4).
-    stride = -(-vocab_size // 16) * 16
-    logits_buffer = torch.empty(chunk_rows, stride, dtype=exact, device=device)[:, :vocab_size]
-    rounded = dtype != exact
-    rounded_buffer = torch.empty(chunk_rows, stride, dtype=dtype, device=device)[:, :vocab_size] if rounded else None
-    block_rows = min(chunk_rows, block_rows)
-    exp_buffer = torch.empty(block_rows, vocab_size, dtype=exact, device=device)
+    inputs = hidden.to(dtype)
+    if isinstance(softmax, _InPlaceSoftmax):
+        # Rows start on boundaries that matrix units like: with a stride of 50,257 floats the first product runs at 0.7
+        # of the speed it has with 50,272 (128 against 176 GFLOP/s on a 2-core Zen 4).
+        columns, stride, kernel = vocab_size, -(-vocab_size // 16) * 16, weight.to(dtype)
+    else:
+        # A kernel loads and stores vectors only where every row has a multiple of them, and the matrix units of a GPU
+        # want it of all sides of a product. The weight is padded in the copy that its cast makes anyway.
+        columns = stride = padded_columns(vocab_size)
+        kernel = torch.empty(columns, D, dtype=dtype, device=device)
+        kernel[:vocab_size].copy_(weight)
+        kernel[vocab_size:].zero_()
+    logits_buffer = torch.empty(chunk_rows, stride, dtype=exact, device=device)[:, :columns]
 
-    inputs, kernel = hidden.to(dtype), weight[:vocab_size].to(dtype)
     valid = targets != IGNORE_INDEX
     targets = torch.where(valid, targets, 0).unsqueeze(1)
     # float16 holds no 1/500,000: its products take the gradient unscaled, and the scale comes after them.
@@ -208,28 +213,30 @@ def _loss_and_gradients(
 
     rows = torch.empty(len(LossStatistics._fields) - 1, N, dtype=exact, device=device)  # all but the loss
     grad_hidden = torch.empty(N, D, dtype=exact, device=device) if want_hidden else None
-    grad_weight = torch.empty(weight.shape, dtype=exact, device=device) if want_weight else None
-    if want_weight:
-        grad_weight[vocab_size:] = 0
+    grad_weight = torch.empty(columns, D, dtype=exact, device=device) if want_weight else None
 
     for start in range(0, N, chunk_rows):
         chunk = slice(start, min(start + chunk_rows, N))
         logits = logits_buffer[: chunk.stop - chunk.start]
         _matmul(inputs[chunk], kernel.t(), out=logits)
-        # On a CPU the softmax goes block by block through the cache; elsewhere the block is the chunk.
-        for first in range(start, chunk.stop, block_rows):
-            block = slice(first, min(first + block_rows, chunk.stop))
-            z = logits[first - start : block.stop - start]
-            rows[:, block] = softmax_block(
-                z, exp_buffer[: len(z)], targets[block], row_scale[block], penalty, want_hidden or want_weight
-            )
-        gradient = rounded_buffer[: len(logits)].copy_(logits) if rounded else logits
+        statistics, gradient = softmax(
+            logits,
+            targets[chunk],
+            row_scale[chunk],
+            penalty=penalty,
+            vocab_size=vocab_size,
+            gradient_dtype=dtype if want_hidden or want_weight else None,
+        )
+        rows[:, chunk] = statistics.t()
         if want_hidden:
             _matmul(gradient, kernel, out=grad_hidden[chunk])
         if want_weight:
             # beta = 0 writes without reading: no zero-filled buffer.
-            _matmul(gradient.t(), inputs[chunk], out=grad_weight[:vocab_size], beta=int(start > 0))
+            _matmul(gradient.t(), inputs[chunk], out=grad_weight, beta=int(start > 0))
+        del gradient  # before the next chunk's is made
 
+    if want_weight:
+        grad_weight = grad_weight[:vocab_size]
     if scale_after:
         grad_hidden, grad_weight = (g if g is None else g.mul_(scale) for g in (grad_hidden, grad_weight))
     ce_loss, sharpness, *others = torch.where(valid, rows, 0).sum(1) * scale
@@ -240,14 +247,114 @@ def _loss_and_gradients(
     )
 
 
-def _softmax_block(z, e, target, scale, penalty, want_gradient):
-    """LossStatistics without the loss [4, r] of logits z [r, V], which become, where wanted, the gradient times scale
-    [r, 1]. e [r, V] is work space, target [r, 1].
+# What is done to a chunk of logits: (logits [r, C], target [r, 1] int64, scale [r, 1], *, penalty, vocab_size <= C,
+# gradient_dtype or None) -> the statistics without the loss [r, 4], and the gradient times scale [r, C]. Columns from
+# vocab_size on are in no softmax, and have a gradient of zero. Both forms are written so that nothing cancels when a
+# softmax saturates: with s = z - z_m the sum over all but the k largest is taken by itself, and 1 - p_m, 1 - S and the
+# gradient at m are built from it and not as differences from 1.
+Softmax = Callable[..., tuple[Tensor, Tensor | None]]
 
-    Written so that nothing cancels when a softmax saturates: with s = z - z_m the sum over all but the k largest is
-    taken by itself, and 1 - p_m, 1 - S and the gradient at m are built from it and not as differences from 1.
-    """
-    k = min(penalty.top_k, z.shape[1]) if penalty.type == "top_k_mass" else 1
+
+def _likeliest(penalty: _Penalty, vocab_size: int) -> int:
+    """How many of the likeliest tokens are set apart: k of top_k_mass, else the likeliest alone."""
+    return min(penalty.top_k, vocab_size) if penalty.type == "top_k_mass" else 1
+
+
+def _statistics(penalty: _Penalty, target_s, total, rest, outside, mean_s) -> Tensor:
+    """[r, 4] of values [r, 1]: s of the target, the sum of exp(s) over all, over all but m, and outside of K, as a
+    share of it; and the mean of s."""
+    log_total, max_prob = rest.log1p(), 1 / total
+    entropy = log_total - mean_s
+    sharpness = {"non_max_sum": outside, "neg_max_prob": -max_prob, "neg_entropy": entropy, "top_k_mass": outside}
+    return torch.cat((log_total - target_s, sharpness[penalty.type], max_prob, entropy), 1)
+
+
+def softmax_and_gradient(z, target, scale, *, penalty, vocab_size, gradient_dtype):
+    """A `Softmax` as a function without side effects. Compiled for CUDA it is one kernel, which reads a logit k + 2
+    times and writes its gradient once: `batch.softmax_traffic`. (`tests/kernels` holds it to that.)"""
+    ids = torch.arange(z.shape[1], dtype=torch.int32, device=z.device)
+    inside = ids < vocab_size
+    others, top_z, top = inside, [], []
+    for _ in range(_likeliest(penalty, vocab_size)):
+        value, index = torch.where(others, z, -torch.inf).max(-1, keepdim=True)
+        top_z.append(value)
+        top.append(index.int())
+        # What comes after it by size, and by id among equals: as a condition on the last alone, where the conjunction
+        # of k would be kept in memory.
+        others = inside & ((z < value) | ((z == value) & (ids > top[-1])))
+    s = z - top_z[0]
+    exp_s = s.exp()
+    e = torch.where(others, exp_s, 0)
+    outside = e.sum(-1, keepdim=True)
+    weighted = (e * s).sum(-1, keepdim=True)
+    top_s = [value - top_z[0] for value in top_z[1:]]
+    rest = outside + sum(value.exp() for value in top_s)
+    total = 1 + rest
+    outside = outside / total
+    mean_s = (weighted + sum(value.exp() * value for value in top_s)) / total
+    statistics = _statistics(penalty, z.gather(1, target) - top_z[0], total, rest, outside, mean_s)
+    if gradient_dtype is None:
+        return statistics, None
+
+    p = exp_s * (1 / total)
+    hit = ids == target.int()
+    gradient = torch.where(hit, torch.where(ids == top[0], -rest / total, p - 1), p)
+    if penalty.weight:
+        # Of p: -(log p + H) = mean_s - s; else S outside of K, S - 1 inside.
+        sharpening = mean_s - s if penalty.type == "neg_entropy" else torch.where(others, 1 - outside, -outside)
+        gradient = gradient + penalty.weight * p * sharpening
+    return statistics, torch.where(inside, scale * gradient, 0).to(gradient_dtype)
+
+
+def compiled_softmax(backend: str | Callable = "inductor") -> Softmax:
+    """`softmax_and_gradient` compiled: one kernel for any number of rows, and another where no gradient is wanted.
+    Raises where it cannot be one graph; it never falls back to running uncompiled."""
+    compiled = torch.compile(
+        softmax_and_gradient, fullgraph=True, dynamic=False, backend=backend, recompile_limit=MOST_VARIANTS
+    )
+
+    def softmax(z, target, scale, **settings):
+        for tensor in (z, target, scale):
+            # The rows of a chunk differ by micro-batch. As an unknown number, of a fixed order of magnitude, they give
+            # the same kernel whichever chunk happens to be the first.
+            torch._dynamo.decorators.mark_unbacked(tensor, 0, hint_override=TYPICAL_ROWS, shape_id="rows")
+        return compiled(z, target, scale, **settings)
+
+    return softmax
+
+
+class _InPlaceSoftmax:
+    """A `Softmax` that overwrites the logits with their gradient, `block_rows` of them at a time, and keeps its work
+    space from chunk to chunk, up to `chunk_rows` of them."""
+
+    def __init__(self, chunk_rows: int, vocab_size: int, block_rows: int):
+        self.chunk_rows, self.vocab_size, self.block_rows = chunk_rows, vocab_size, min(chunk_rows, block_rows)
+        self.exp_buffer = self.rounded_buffer = None
+
+    def __call__(self, z, target, scale, *, penalty, vocab_size, gradient_dtype):
+        if self.exp_buffer is None:
+            self.exp_buffer = z.new_empty(self.block_rows, vocab_size)
+        statistics = []
+        for first in range(0, len(z), self.block_rows):
+            block = slice(first, min(first + self.block_rows, len(z)))
+            e = self.exp_buffer[: block.stop - first]
+            statistics.append(
+                _softmax_in_place(z[block], e, target[block], scale[block], penalty, gradient_dtype is not None)
+            )
+        gradient = z
+        if gradient_dtype not in (None, z.dtype):
+            if self.rounded_buffer is None:
+                self.rounded_buffer = torch.empty(self.chunk_rows, z.stride(0), dtype=gradient_dtype, device=z.device)[
+                    :, :vocab_size
+                ]
+            gradient = self.rounded_buffer[: len(z)].copy_(z)
+        return torch.cat(statistics), gradient
+
+
+def _softmax_in_place(z, e, target, scale, penalty, want_gradient):
+    """The statistics [r, 4] of logits z [r, V], which become, where wanted, the gradient times scale [r, 1]. e [r, V]
+    is work space, target [r, 1]."""
+    k = _likeliest(penalty, z.shape[1])
     top_z, top = z.max(-1, keepdim=True) if k == 1 else z.topk(k)
     top_z, best = top_z - top_z[:, :1], top_z[:, :1]
     target_s = z.gather(1, target) - best
@@ -258,11 +365,9 @@ def _softmax_block(z, e, target, scale, penalty, want_gradient):
     outside = e.sum(-1, keepdim=True)
     rest = outside + top_e[:, 1:].sum(-1, keepdim=True)
     total = 1 + rest
+    outside = outside / total
     mean_s = (torch.linalg.vecdot(e, s).unsqueeze(1) + (top_e * top_z).sum(-1, keepdim=True)) / total
-    log_total = rest.log1p()
-    max_prob, outside = 1 / total, outside / total
-    entropy = log_total - mean_s
-    sharpness = {"non_max_sum": outside, "neg_max_prob": -max_prob, "neg_entropy": entropy, "top_k_mass": outside}
+    statistics = _statistics(penalty, target_s, total, rest, outside, mean_s)
 
     if want_gradient:
         weight = penalty.weight
@@ -280,12 +385,7 @@ def _softmax_block(z, e, target, scale, penalty, want_gradient):
         top_gradient = torch.cat((torch.where(hit, -rest / total, top_p[:, :1]), top_p[:, 1:]), 1)
         z.scatter_(1, top, scale * (top_gradient + weight * top_penalty))
         z.scatter_add_(1, target, torch.where(hit, 0, -scale))
-    return torch.cat((log_total - target_s, sharpness[penalty.type], max_prob, entropy), 1).t()
-
-
-@functools.cache
-def _compiled_softmax_block():
-    return torch.compile(_softmax_block)
+    return statistics
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor, beta: int = 0) -> None:
@@ -293,7 +393,10 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, beta: int = 0) -> None:
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out) if beta else torch.mm(a, b, out=out)
     elif a.is_cuda and torch.version.cuda:  # can keep the float32 of its accumulator (not run by the project yet)
-        out.add_(torch.mm(a, b, out_dtype=out.dtype)) if beta else torch.mm(a, b, out_dtype=out.dtype, out=out)
+        if beta:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         product = torch.mm(a, b)
         out.add_(product) if beta else out.copy_(product)

@@ -1,7 +1,8 @@
 """Text from the model."""
 
+import contextlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -41,7 +42,10 @@ def sample(
     continuations = []
     devices = [] if device.type in ("cpu", "mps") else [device]
     try:
-        with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        with (
+            torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"),
+            any_algorithms(),
+        ):
             for prompt in prompts:
                 # Of each prompt its own: it does not depend on the others, and different ones do not go on alike.
                 torch.manual_seed(seed + zlib.crc32(prompt.encode()))
@@ -67,6 +71,19 @@ def sample(
     finally:
         model.train(was_training)
     return continuations
+
+
+@contextlib.contextmanager
+def any_algorithms() -> Iterator[None]:
+    """Deterministic algorithms are not asked for: the nucleus is found by a cumulative sum, of which CUDA has no
+    deterministic one for floating-point numbers. (Not run on CUDA by the project.)"""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 class Interruptible(StoppingCriteria):

@@ -1,9 +1,9 @@
 """The memory of a training step by arithmetic, `training/memory_trace.py` finds it from the code."""
 
-from clm_owt.batch import GRADIENT_BUCKET_BYTES, largest_share, loss_chunk_rows, softmax_rows
+from clm_owt.batch import GRADIENT_BUCKET_BYTES, largest_share, loss_chunk_bytes, loss_chunk_rows
 from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.planning.devices import Hardware
-from clm_owt.recipe import Recipe
+from clm_owt.recipe import Recipe, is_compiled
 
 
 def parameters_by_kind(recipe: Recipe, vocab_size: int) -> dict[str, int]:
@@ -33,8 +33,9 @@ def step_memory(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Har
     Weights, gradients and the optimizer's state are float32; FSDP shards them. For its backward a transformer block
     keeps, in units of tokens x width, 2 in float32 (the residual stream before either LayerNorm) and 14 in the compute
     type (normalised inputs 2, q k v 3, attention 1, MLP 4 + 4); with checkpointing its input alone, and one block at a
-    time the rest. Autocast keeps copies of the matrices. The loss holds a chunk of logits with twice as much work
-    space (on CPU 4 MB at a time), in bf16 a rounded copy, and the gradients of hidden states and embedding.
+    time the rest. Autocast keeps copies of the matrices. The loss holds a chunk of logits and, compiled, its gradient;
+    else twice as much work space (on CPU for 4 MB at a time) and in bf16 a rounded copy; and the gradients of hidden
+    states and embedding.
     """
     width, layers, compute = recipe.n_embd, recipe.n_layer, hardware.compute_bytes
     shards = hardware.processes if hardware.sharded else 1
@@ -47,11 +48,11 @@ def step_memory(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Har
     if compute == 2:  # FSDP2 gathers a block's matrices as bf16, and drops them with the block
         dropped = hardware.sharded and hardware.mixed_precision == "bf16"
         kept += head // 2 + 2 * 12 * width * width * (min(layers, 2) if dropped else layers)
-    chunks = -(-tokens // loss_chunk_rows(vocab_size, hardware.device_type, hardware.memory))
+    compiled = is_compiled(recipe.torch_compile, hardware.device_type)
+    chunks = -(-tokens // loss_chunk_rows(vocab_size, hardware.device_type, hardware.memory, compute, compiled))
     rows = -(-tokens // chunks)
-    work = min(rows, softmax_rows(vocab_size, hardware.device_type)) * vocab_size
     gradients = stream + head
-    loss = (4 if compute == 4 else 6) * rows * vocab_size + 8 * work + gradients
+    loss = loss_chunk_bytes(rows, vocab_size, hardware.device_type, compute, compiled) + gradients
     parts = {
         "weights": weights,
         "gradients": 0,

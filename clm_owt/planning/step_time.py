@@ -6,9 +6,10 @@ rest on stands in ASSUMPTIONS. The same derivation for programs whose rate is pu
 it is: they took 0.97 to 1.67 times what it gives for them.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
-from clm_owt.batch import largest_share, loss_chunk_rows
+from clm_owt.batch import largest_share, loss_chunk_rows, softmax_traffic
 from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.planning.devices import Device, Hardware, find_device
 from clm_owt.planning.memory import parameters_by_kind
@@ -66,20 +67,19 @@ class Work:
 # Of this project's code, under bf16 or float16.
 #   compiled blocks: Inductor's CUDA code, written out without a GPU; eager ones: tests/planning/test_step_time.py
 #   ends: 38 forward (two reads of an embedding, their sum, LayerNorm, a copy, a cast), 56 backward
-#   loss: Inductor's code for the softmax of a chunk, 60, and a rounded copy, 6
+#   loss: Inductor's code for the softmax of a chunk (`softmax_traffic`, and more for top_k_mass); eager, 48 and a
+#   rounded copy, 6
 #   matrix: a cast (6), its gradient to float32 (6), added to that of the micro-batches before (12)
 #   embedding: a cast (6), its gradient times the loss's own (8), that of the input's rows: zeros, the sum (16), added
-#   to that of the micro-batches before (12); chunk: the sum of two chunks' products (12)
+#   to that of the micro-batches before (12); chunk: the product adds to that of the chunk before, which it reads (4)
 #   update: gradient and parameter read, parameter written (12), the norm (4), scaling by it (8)
-COMPILED = Work(44, 104, ends=94, logit=66, embedding=42, chunk=12)
-EAGER = Work(64, 126, ends=94, logit=54, embedding=42, chunk=12)
+COMPILED = Work(44, 104, ends=94, logit=softmax_traffic("non_max_sum", 1, 2), embedding=42, chunk=4)
+EAGER = Work(64, 126, ends=94, logit=54, embedding=42, chunk=4)
 # Not compiled, and what compiled code moves at most.
 FLOAT32 = Work(72, 156, ends=86, logit=48, matrix=12, embedding=36, chunk=0)
 
 # What would make it faster, one on top of the other, by what it does to the counts.
 IMPROVEMENTS = {
-    "the loss in one kernel: 14 bytes a logit for 66": {"logit": 14},
-    "the head's gradient added up inside the product: 12 bytes a parameter and chunk less": {"chunk": 0},
     "matrices rounded once a step: 6 bytes a parameter and micro-batch less": {"matrix": 18, "embedding": 36},
     "the residual stream in bf16, as llm.c has it: 90 bytes for 148": {"forward_pass": 32, "backward_pass": 58},
     "logits in bf16: 8 bytes for 14": {"logit": 8},
@@ -112,7 +112,7 @@ ASSUMPTIONS = (
     ("loss", f"{COMPILED.logit} bytes a logit", "counted in Inductor's code; what its products move is in theirs"),
     (
         "weights, a micro-batch",
-        "24 bytes a matrix's parameter, 42 an embedding's, 12 more for every chunk of the loss after the first",
+        "24 bytes a matrix's parameter, 42 an embedding's, 4 more for every chunk of the loss after the first",
         "casts and float32 gradients, counted by operation",
     ),
     (
@@ -129,7 +129,10 @@ def work_of(recipe: Recipe, hardware: Hardware) -> Work:
     """What this project's code moves for a recipe on such hardware."""
     if hardware.compute_bytes == 4:
         return FLOAT32
-    return COMPILED if is_compiled(recipe.torch_compile, hardware.device_type) else EAGER
+    if not is_compiled(recipe.torch_compile, hardware.device_type):
+        return EAGER
+    logit = softmax_traffic(recipe.penalty_type, recipe.penalty_top_k, hardware.compute_bytes)
+    return dataclasses.replace(COMPILED, logit=logit)
 
 
 def step_parts(
@@ -146,7 +149,8 @@ def step_parts(
     kinds = parameters_by_kind(recipe, vocab_size)
     parameters = sum(kinds.values())
     columns = -(-vocab_size // 64) * 64
-    chunk_rows = loss_chunk_rows(vocab_size, hardware.device_type, hardware.memory)
+    compiled = is_compiled(recipe.torch_compile, hardware.device_type)
+    chunk_rows = loss_chunk_rows(vocab_size, hardware.device_type, hardware.memory, hardware.compute_bytes, compiled)
     chunks = -(-min(micro_batch, blocks) * length // chunk_rows)
     passes = work.forward_pass * (1 + again) + work.backward_pass
     weights = work.matrix * kinds["matrix"] + (work.embedding + work.chunk * (chunks - 1)) * kinds["embedding"]

@@ -24,7 +24,7 @@ from clm_owt.model.gpt2 import GPT2ForPretraining, build_model
 from clm_owt.model.losses import fused_linear_loss
 from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.planning.devices import Hardware
-from clm_owt.recipe import Recipe
+from clm_owt.recipe import Recipe, is_compiled
 from clm_owt.training.device_memory import process_sizes, start_threads
 from clm_owt.training.gradient_sum import GradientSum
 
@@ -101,14 +101,17 @@ def trace_step(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Hard
 def trace_layers(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Hardware) -> dict[str, int]:
     """As `trace_step`, with all layers. The operations are those of a CPU; the loss is cut as on `hardware`."""
     tracker = LiveStorages()
+    device_type, compute_bytes = hardware.device_type, hardware.compute_bytes
+    compiled = is_compiled(recipe.torch_compile, device_type)
 
     def loss(*arguments, **settings):
         with tracker.creating("loss"):
             return fused_linear_loss(
                 *arguments,
                 **settings,
-                chunk_rows=loss_chunk_rows(vocab_size, hardware.device_type, hardware.memory),
-                block_rows=softmax_rows(vocab_size, hardware.device_type),
+                chunk_rows=loss_chunk_rows(vocab_size, device_type, hardware.memory, compute_bytes, compiled),
+                block_rows=softmax_rows(vocab_size, device_type),
+                softmax=outputs_of_one_kernel if compiled else None,
             )
 
     def summing(flat: torch.Tensor) -> Future:
@@ -144,6 +147,11 @@ def trace_layers(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Ha
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
         optimizer.step()
     return {part: tracker.peak[part] for part in PARTS}
+
+
+def outputs_of_one_kernel(logits, _target, _scale, *, gradient_dtype, **_):
+    """What the compiled softmax of the loss takes memory for."""
+    return logits.new_empty(len(logits), 4), torch.empty_like(logits, dtype=gradient_dtype)
 
 
 def forward_and_backward(model: GPT2ForPretraining, recipe: Recipe, micro_batch: int, mixed_precision: str) -> None:

@@ -21,7 +21,7 @@ from clm_owt.model.fp8 import transpose_linear_weights
 from clm_owt.model.gpt2 import GPT2ForPretraining
 from clm_owt.planning.devices import Hardware
 from clm_owt.planning.plan import Plan
-from clm_owt.recipe import FREE_IN_A_BRANCH, Recipe, default_of, show
+from clm_owt.recipe import FREE_IN_A_BRANCH, REMOVED_KEYS, Recipe, default_of, show
 from clm_owt.reports.record import read_metrics, read_plan, read_recipe
 from clm_owt.state import TrainState
 from clm_owt.training.checkpoint import copy_to_host, find_corruption, find_newest
@@ -138,8 +138,11 @@ def differences(recipe: Recipe, begun: dict[str, object]) -> dict[str, str]:
     now = recipe.to_dict()
     # A key that did not exist yet when the run began had its default's effect.
     before = {name: begun.get(name, default_of(name)) for name in recipe.result_settings()}
+    before |= {name: begun[name] for name in REMOVED_KEYS if begun.get(name) is not None}
     return {
-        name: f"{name}: {show(value)} -> {show(now[name])}" for name, value in before.items() if value != now[name]
+        name: f"{name}: {show(value)} -> {show(now.get(name))}"
+        for name, value in before.items()
+        if value != now.get(name)
     }
 
 

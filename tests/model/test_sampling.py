@@ -32,3 +32,18 @@ def test_a_continuation_depends_on_its_prompt_and_seed_alone(ignorant):
     (alone,) = draw(ignorant, "Twice")
     assert draw(ignorant, "Once", "Twice")[1] == alone
     assert draw(ignorant, "Twice", seed=8) != [alone]
+
+
+def test_sampling_asks_for_no_deterministic_algorithms_and_leaves_the_run_s_choice(ignorant):
+    """Of the nucleus's cumulative sum CUDA has no deterministic form."""
+    within = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        sample(
+            *ignorant, ["Once"], max_new_tokens=2, temperature=1.0, top_p=0.9, seed=7,
+            check=lambda: within.append(torch.are_deterministic_algorithms_enabled()),
+        )  # fmt: skip
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert within == [False, False]

@@ -60,7 +60,7 @@ def test_a_text_file_is_one_document_where_the_recipe_says_so(tmp_path):
     assert source.identity() != files_source(tmp_path, "text", *files).identity()
 
 
-CSV = b'id,text\r\n1,"a, ""b""\nc"\r\n\r\n2,NA\r\n3,\r\n4,5\r\n'
+CSV = b'text,id\r\n"a, ""b""\nc",1\r\n\r\nNA,2\r\n,3\r\n5,4\r\n'
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])

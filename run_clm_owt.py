@@ -40,7 +40,7 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
         group = stack.enter_context((processes_class or processes.Processes)(accelerator))
         hardware = launch.find_hardware(accelerator, group)
 
-        existing = group.on_main(run_folder.find_existing_run, recipe)
+        existing = group.on_main(run_folder.open_existing_run, recipe, plan_only, stack)
         if existing.finished and not plan_only:
             return group.say(*group.on_main(run_folder.summarize, folder))
         stop.reached = existing.reached

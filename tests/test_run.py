@@ -1,7 +1,9 @@
 """The main job as its users start it: real processes, from the recipe to the exported model."""
 
 import json
+import shutil
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,63 @@ def test_a_run_stopped_after_a_checkpoint_continues_to_the_same_end_bit_for_bit(
     assert timeless_metrics(folder) == timeless_metrics(complete_run)
     assert (folder / "samples.md").read_text() == (complete_run / "samples.md").read_text()
     assert (folder / "model/model.safetensors").read_bytes() == (complete_run / "model/model.safetensors").read_bytes()
+
+
+def test_a_second_start_in_the_folder_of_a_run_is_refused_and_changes_nothing(
+    complete_run, warm, tiny_recipe, tmp_path
+):
+    """The first one stands still meanwhile, and is killed after that."""
+    folder, argv = tmp_path / "runs/tiny", ["--recipe", str(tiny_recipe)]
+    first = warm.start("run_clm_owt:main", argv, cwd=tmp_path, name="first")
+    while not checkpoints(folder / "checkpoints"):
+        assert first.poll() is None, first.text
+    first.send(signal.SIGSTOP)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    second = warm.start("run_clm_owt:main", argv, cwd=tmp_path, name="second")
+    assert second.wait() == 2
+    assert f"output_dir: process {first.pid} on {socket.gethostname()} has been running in runs/tiny" in second.text
+    assert f"waiting for process {first.pid} on {socket.gethostname()} to leave runs/tiny: 2 s so far" in second.text
+    assert "Plan" not in second.text
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    first.send(signal.SIGKILL)
+    first.wait()
+    third = warm.start("run_clm_owt:main", argv, cwd=tmp_path, name="third")
+    assert third.wait() == 0, third.text
+    assert timeless_metrics(folder) == timeless_metrics(complete_run)
+    assert not (folder / ".lock").exists()
+
+
+def test_a_finished_run_without_its_model_and_metrics_exports_it_again(complete_run, warm, tiny_recipe, tmp_path):
+    folder = tmp_path / "runs/tiny"
+    shutil.copytree(complete_run, folder)
+    shutil.rmtree(folder / "model")
+    (folder / "metrics.jsonl").unlink()
+    again = warm.start("run_clm_owt:main", ["--recipe", str(tiny_recipe)], cwd=tmp_path)
+    assert again.wait() == 0, again.text
+    assert "The run is finished, but lacks model/: exported again from its newest checkpoint" in again.text
+    assert "Continuing after step 12" in again.text
+    assert "metrics.jsonl is missing: it begins after step 12" in again.text
+    assert "is missing or holds no rows: losses and speed are not known" in again.text
+    assert (folder / "model/model.safetensors").read_bytes() == (complete_run / "model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("key", "place", "more"),
+    [
+        ("output_dir", "a_file", []),
+        ("output_dir", "a_file", ["--plan_only"]),
+        ("output_dir", "/proc/nowhere", []),
+        ("data_cache_dir", "a_file", []),
+        ("data_cache_dir", "/proc/nowhere", []),
+    ],
+)
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_plan(warm, tiny_recipe, tmp_path, key, place, more):
+    (tmp_path / "a_file").touch()
+    argv = ["--recipe", str(tiny_recipe), f"--{key}", str(tmp_path / place), *more]
+    job = warm.start("support.disturbances:run_disturbed", argv, [fork_builders], cwd=tmp_path)
+    assert job.wait() == 2, job.text
+    assert job.errors.read_text().startswith(f"error: {key}: {tmp_path / place}")
+    assert job.text.count("\n") == 1, job.text
 
 
 def test_a_folder_that_holds_another_run_is_refused_with_the_way_on(complete_run, warm, tiny_recipe):

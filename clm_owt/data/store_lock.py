@@ -2,48 +2,24 @@
 
 import contextlib
 import fcntl
-import json
 import os
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from clm_owt.console import print_lines
 from clm_owt.errors import InputError
+from clm_owt.file_lock import Holder, file_lock
 
 
 @contextlib.contextmanager
 def store_lock(file: Path) -> Iterator[None]:
     """Hold the lock `file` for the length of the block; waits for it, and prints who holds it meanwhile.
 
-    The kernel releases the lock when its holder dies. The file goes with the lock, and with it the folders that were
-    made for it and hold nothing else. Raises `InputError` where the file system has no locks.
+    Raises `InputError` where the file cannot be written, or the file system has no locks.
     """
-    folder = file.parent
-    created = [folder, *(path for path in folder.parents if not path.exists())]
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = open(file, "a+")  # noqa: SIM115 (closed below)
-        except FileNotFoundError:  # another builder has just removed the folder with its lock
-            continue
-        acquire(lock, file)
-        if file.exists() and os.path.samestat(os.fstat(lock.fileno()), file.stat()):
-            break
-        lock.close()  # the holder before has removed this file: another one is the lock now
-    try:
-        lock.truncate(0)
-        lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
-        lock.flush()
+    with file_lock(file, "data_cache_dir", acquire):
         yield
-    finally:
-        file.unlink()
-        lock.close()
-        for path in created:
-            with contextlib.suppress(OSError):  # not empty
-                path.rmdir()
 
 
 def acquire(lock: TextIO, file: Path) -> None:
@@ -52,12 +28,8 @@ def acquire(lock: TextIO, file: Path) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with contextlib.suppress(ValueError, KeyError):  # its holder is just writing it
-                held = json.loads(file.read_text())
-                since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held["since"]))
-                print_lines(
-                    f"process {held['pid']} on {held['host']} has been building this token store since {since}"
-                )
+            if holder := Holder.read(file):
+                print_lines(f"{holder} has been building this token store {holder.since_when}")
             fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         raise InputError(

@@ -60,6 +60,8 @@ class RunLog:
         if sys.stderr.isatty():
             self._progress = tqdm(total=self._total_steps, initial=state.step, unit="step", dynamic_ncols=True)
         metrics, samples = self._folder / "metrics.jsonl", self._folder / "samples.md"
+        if state.step and not metrics.exists():
+            self.say(f"{metrics} is missing: it begins after step {state.step:,}, and lacks the rows before")
         self._trackers.start(state, config, last_steps(self._folder))
         cut_back_metrics(metrics, state)
         cut_back_samples(samples, state)

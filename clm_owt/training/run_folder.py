@@ -1,11 +1,13 @@
 """The run's folder: what was asked (recipe.yaml), what it implied and on what it ran (plan.json), how it went."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from clm_owt.data.ngrams import ngram_baselines
 from clm_owt.data.sources import Source
 from clm_owt.data.token_store import TokenStore
 from clm_owt.errors import InputError
+from clm_owt.file_lock import check_writable
 from clm_owt.files import replacing_folder, write_text
 from clm_owt.formatting import format_clock
 from clm_owt.model.fp8 import transpose_linear_weights
@@ -22,15 +25,17 @@ from clm_owt.model.gpt2 import GPT2ForPretraining
 from clm_owt.planning.devices import Hardware
 from clm_owt.planning.plan import Plan
 from clm_owt.recipe import FREE_IN_A_BRANCH, REMOVED_KEYS, Recipe, default_of, show
-from clm_owt.reports.record import read_metrics, read_plan, read_recipe
+from clm_owt.reports.record import read_metrics, read_plan, read_recipe, split_rows
 from clm_owt.state import TrainState
 from clm_owt.training.checkpoint import copy_to_host, find_corruption, find_newest
 from clm_owt.training.micro_batch_search import MicroBatchSearch
 from clm_owt.training.processes import Processes
+from clm_owt.training.run_lock import run_lock
 
 # Data up to this many tokens are also modelled by unigrams and bigrams, for comparison; it takes seconds.
 BASELINE_TOKENS = 20_000_000
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "gigatoken", "huggingface_hub", "numpy")
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class ExistingRun:
 
     plan: dict[str, object] | None = None
     checkpoint: Path | None = None  # to continue from; None: from the start
-    passed_over: tuple[str, ...] = ()  # why newer checkpoints were
+    remarks: tuple[str, ...] = ()  # on what it continues from, and why
     finished: bool = False
     branches_off: bool = False  # `plan` and `checkpoint` are those of the run that this one leaves
 
@@ -76,6 +81,16 @@ class ExistingRun:
             )
 
 
+def open_existing_run(recipe: Recipe, plan_only: bool, stack: contextlib.ExitStack) -> ExistingRun:
+    """As `find_existing_run`, with the folder locked until `stack` ends, unless nothing is to be written to it."""
+    folder = Path(recipe.output_dir)
+    if plan_only:
+        check_writable("output_dir", folder)
+    elif not (recipe.resume_from_checkpoint == "auto" and is_finished(folder) and not missing_model_files(folder)):
+        stack.enter_context(run_lock(folder))
+    return find_existing_run(recipe)
+
+
 def find_existing_run(recipe: Recipe) -> ExistingRun:
     """The run that the command continues, if there is one.
 
@@ -83,6 +98,10 @@ def find_existing_run(recipe: Recipe) -> ExistingRun:
     """
     folder = Path(recipe.output_dir)
     plan = plan_of_same_run(recipe, folder)
+    finished = recipe.resume_from_checkpoint == "auto" and bool(plan) and "finished" in plan
+    missing = missing_model_files(folder) if finished else []
+    if finished and not missing:
+        return ExistingRun(plan, finished=True)
     if recipe.resume_from_checkpoint == "never":
         if plan:
             raise InputError(
@@ -92,13 +111,18 @@ def find_existing_run(recipe: Recipe) -> ExistingRun:
         return find_branch_point(recipe) if recipe.branch_from else ExistingRun()
     if recipe.resume_from_checkpoint == "auto":
         checkpoint, passed_over = find_newest(folder / "checkpoints")
+        if checkpoint is None and missing:
+            raise InputError(
+                f"output_dir: the run in {folder} is finished, but lacks {describe(missing)}, and checkpoints to "
+                "export it from; restore either from a copy, or remove the folder to train again"
+            )
+        if plan is None and (checkpoint is not None or (folder / "model").exists()):
+            raise InputError(
+                f"output_dir: {folder} holds checkpoints or a model but lacks recipe.yaml or plan.json; restore them "
+                "from a copy, or give another output_dir"
+            )
         if checkpoint is None and recipe.branch_from:
             return find_branch_point(recipe)
-        if checkpoint is not None and plan is None:
-            raise InputError(
-                f"output_dir: {folder} holds checkpoints but lacks recipe.yaml or plan.json; restore them from a "
-                "copy, or give another output_dir"
-            )
     else:
         checkpoint, passed_over = Path(recipe.resume_from_checkpoint).absolute(), []
         plan = plan_of_same_run(recipe, checkpoint.parent.parent)
@@ -110,9 +134,29 @@ def find_existing_run(recipe: Recipe) -> ExistingRun:
         reason = find_corruption(checkpoint)
         if reason is not None:
             raise InputError(f"resume_from_checkpoint: {checkpoint}: {reason}; give a complete one, or auto")
-    finished = recipe.resume_from_checkpoint == "auto" and bool(plan) and "finished" in plan
-    remarks = tuple(f"Passed over {line}" for line in passed_over)
-    return ExistingRun(plan, checkpoint, remarks, finished)
+    remarks = [f"Passed over {line}" for line in passed_over]
+    if missing:
+        remarks.append(
+            f"The run is finished, but lacks {describe(missing)}: exported again from its newest checkpoint"
+        )
+    return ExistingRun(plan, checkpoint, tuple(remarks))
+
+
+def is_finished(folder: Path) -> bool:
+    try:
+        return "finished" in read_plan(folder)
+    except InputError:
+        return False
+
+
+def missing_model_files(folder: Path) -> list[str]:
+    """The files of the exported model that are not there."""
+    return [name for name in MODEL_FILES if not (folder / "model" / name).is_file()]
+
+
+def describe(missing: Sequence[str]) -> str:
+    """Missing files of the exported model, for a line."""
+    return "model/" if len(missing) == len(MODEL_FILES) else ", ".join(f"model/{name}" for name in missing)
 
 
 def plan_of_same_run(recipe: Recipe, folder: Path) -> dict[str, object] | None:
@@ -251,19 +295,22 @@ def git_commit() -> str | None:
 def summarize(folder: Path) -> list[str]:
     """How a finished run went, from its folder."""
     plan = read_plan(folder)
-    rows = read_metrics(folder / "metrics.jsonl")
-    validations = [row for row in rows if row["split"] == "validation"]
-    trainings = [row for row in rows if row["split"] == "train"]
-    first, last = validations[0], validations[-1]
-    rates = sorted(row["tokens_per_second"] for row in trainings)
-    lines = [
-        f"Finished {folder.name}: {last['step']} steps, {last['tokens']:,} tokens in "
-        f"{format_clock(plan['elapsed_seconds'])}, {rates[len(rates) // 2]:,.0f} tokens/s (median)",
-        f"  validation loss {first['loss']:.4f} -> {last['loss']:.4f}, perplexity {last['perplexity']:,.2f}; "
-        f"last training loss {trainings[-1]['loss']:.4f}",
-    ]
+    metrics = folder / "metrics.jsonl"
+    trainings, validations = split_rows(read_metrics(metrics))
+    head = f"Finished {folder.name}: {plan['total_steps']} steps, "
+    head += f"{plan['total_steps'] * plan['tokens_per_step']:,} tokens in {format_clock(plan['elapsed_seconds'])}"
+    if trainings and validations:
+        first, last = validations[0], validations[-1]
+        rates = sorted(row["tokens_per_second"] for row in trainings)
+        lines = [
+            f"{head}, {rates[len(rates) // 2]:,.0f} tokens/s (median)",
+            f"  validation loss {first['loss']:.4f} -> {last['loss']:.4f}, perplexity {last['perplexity']:,.2f}; "
+            f"last training loss {trainings[-1]['loss']:.4f}",
+        ]
+    else:
+        lines = [head, f"  {metrics} is missing or holds no rows: losses and speed are not known"]
     lines += baseline_lines(plan.get("baselines"))
-    lines.append(f"  model in {folder / 'model'}, metrics in {folder / 'metrics.jsonl'}")
+    lines.append(f"  model in {folder / 'model'}" + (f", metrics in {metrics}" if metrics.exists() else ""))
     if (folder / "samples.md").exists():
         lines.append(f"  samples in {folder / 'samples.md'}")
     return lines

@@ -133,7 +133,7 @@ class Trainer:
         """Load the checkpoint that the run continues from, and say which. Collective."""
         state = checkpoint.restore(existing.checkpoint, self.model, self.optimizer, self.processes)
         verb = "Branching off" if existing.branches_off else "Continuing"
-        self.processes.say(*existing.passed_over, f"{verb} after step {state.step:,}, from {existing.checkpoint}")
+        self.processes.say(*existing.remarks, f"{verb} after step {state.step:,}, from {existing.checkpoint}")
         if existing.branches_off:
             state.tracker_ids = {}  # another run for the trackers
         self.processes.on_main(checkpoint.set_aside_newer, self.checkpoints.folder, existing.checkpoint)

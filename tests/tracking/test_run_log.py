@@ -40,6 +40,13 @@ def test_samples_after_the_resumed_step_are_dropped(tmp_path):
     assert path.read_text() == "## Step 2\n\n**A** b\n\n"
 
 
+def test_a_run_that_continues_without_its_metrics_says_where_they_begin(tmp_path, capsys):
+    with RunLog(SimpleNamespace(output_dir=str(tmp_path), report_to=()), total_steps=20, is_main=True) as log:
+        log.start(TrainState(step=8), {})
+    said = f"{tmp_path / 'metrics.jsonl'} is missing: it begins after step 8, and lacks the rows before\n"
+    assert capsys.readouterr().out.startswith(said)
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

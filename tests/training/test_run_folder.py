@@ -8,7 +8,14 @@ import yaml
 
 from clm_owt.errors import InputError
 from clm_owt.recipe_reader import load_recipe
-from clm_owt.training.run_folder import baseline_lines, plan_of_same_run
+from clm_owt.training.run_folder import (
+    MODEL_FILES,
+    ExistingRun,
+    baseline_lines,
+    find_existing_run,
+    plan_of_same_run,
+    summarize,
+)
 
 
 @pytest.fixture
@@ -52,3 +59,49 @@ def test_the_summary_says_on_which_blocks_the_n_gram_models_are_fitted():
     ]
     assert len(baseline_lines(seen | {"blocks_all": 5600})) == 1  # it saw them all
     assert baseline_lines(None) == baseline_lines({"unigram": 6.7, "bigram": 4.3}) == []
+
+
+@pytest.fixture
+def finished(recipe, folder):
+    """The recipe of a finished run, as its folder holds it."""
+    plan = {"total_steps": 10, "tokens_per_step": 64, "finished": True, "elapsed_seconds": 5.0}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "model").mkdir()
+    for name in MODEL_FILES:
+        (folder / "model" / name).touch()
+    return dataclasses.replace(recipe, output_dir=str(folder))
+
+
+def test_a_finished_run_needs_its_checkpoints_no_more(finished, folder):
+    damaged = folder / "checkpoints" / "step-00000010"
+    damaged.mkdir(parents=True)
+    assert find_existing_run(finished) == ExistingRun(json.loads((folder / "plan.json").read_text()), finished=True)
+
+
+@pytest.mark.parametrize(
+    ("gone", "named"), [(("model.safetensors",), "model/model.safetensors"), (MODEL_FILES, "model/")]
+)
+def test_a_finished_run_without_model_and_checkpoints_is_refused_and_never_trained_again(
+    finished, folder, gone, named
+):
+    for name in gone:
+        (folder / "model" / name).unlink()
+    with pytest.raises(
+        InputError, match=rf"is finished, but lacks {named}, and checkpoints to export it from; restore"
+    ):
+        find_existing_run(finished)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "plan.json"])
+def test_a_model_without_its_recipe_or_plan_is_not_written_over(finished, folder, name):
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=r"holds checkpoints or a model but lacks recipe.yaml or plan.json"):
+        find_existing_run(finished)
+
+
+def test_a_finished_run_without_metrics_says_so(finished, folder):
+    assert summarize(folder) == [
+        f"Finished {folder.name}: 10 steps, 640 tokens in 0:05",
+        f"  {folder / 'metrics.jsonl'} is missing or holds no rows: losses and speed are not known",
+        f"  model in {folder / 'model'}",
+    ]

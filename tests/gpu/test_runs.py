@@ -165,9 +165,9 @@ def test_every_block_of_every_micro_batch_runs_compiled(runs, finding):
     pieces, blocks, calls = len(record["micro_batches"]), record["blocks"], record["compiled_calls"]
     new = record["compiled"][1] - record["compiled"][0]
     finding(f"{calls} compiled calls in the last step", f"at least {pieces} × {blocks}")
-    finding(f"{new} frames compiled in the last step, {record['compiled'][0]} before", "0")
+    finding(f"{new} graphs compiled in the last step, {record['compiled'][0]} before", "0")
     assert calls >= pieces * blocks
-    assert new == 0
+    assert new == 0 and record["compiled"][0] > 0
 
 
 @pytest.mark.parametrize("config", ["multi_gpu.yaml", "fsdp2.yaml"])

@@ -7,8 +7,8 @@ place of run_clm_owt.py. SPEC is a JSON file:
     record          a JSON file to write: of the last step, and of one before
 
 What the record holds: `compiled_calls`, how often compiled code ran in the last step; `micro_batches` of that step;
-`blocks`, the transformer blocks of the model; `compiled` before the last step and after it, as Dynamo counts frames;
-`limit` and `needed`, bytes of the step that did not fit; `peak`, bytes at the run's largest.
+`blocks`, the transformer blocks of the model; `compiled`, the graphs that Dynamo had made before the last step and
+after it; `limit` and `needed`, bytes of the step that did not fit; `peak`, bytes at the last step's largest.
 """
 
 import json
@@ -41,7 +41,7 @@ class AcceptedTrainer(Trainer):
         return super().train_step()
 
     def count_compiled_code(self):
-        before = frames_compiled()
+        before = graphs_compiled()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             result = super().train_step()
         calls = sum(event.count for event in profile.key_averages() if event.key.startswith(COMPILED_CALL))
@@ -49,7 +49,7 @@ class AcceptedTrainer(Trainer):
             "compiled_calls": calls,
             "micro_batches": [piece.size for piece in self.cut()],
             "blocks": len(self.model.transformer.h),
-            "compiled": [before, frames_compiled()],
+            "compiled": [before, graphs_compiled()],
             "peak": device_memory.peak_memory(self.accelerator.device),
         }
         return result
@@ -70,8 +70,8 @@ class AcceptedTrainer(Trainer):
             return super().accumulate_gradients()
 
 
-def frames_compiled() -> int:
-    return torch._dynamo.utils.counters["frames"]["ok"]
+def graphs_compiled() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def main(spec_file: str) -> None:

@@ -191,8 +191,10 @@ def _loss_and_gradients(
     vocab_size = len(weight)
     # Chunks of about one size: a short last one would read and write the whole weight for little.
     chunk_rows = -(-N // -(-N // chunk_rows))
-    inputs = hidden.to(dtype)
+    inputs, logits_dtype = hidden.to(dtype), exact
     if isinstance(softmax, _InPlaceSoftmax):
+        if not _keeps_accumulator(device):
+            logits_dtype = dtype  # as the product rounds them; float32 is needed for one block at a time
         # Rows start on boundaries that matrix units like: with a stride of 50,257 floats the first product runs at 0.7
         # of the speed it has with 50,272 (128 against 176 GFLOP/s on a 2-core Zen 4).
         columns, stride, kernel = vocab_size, -(-vocab_size // 16) * 16, weight.to(dtype)
@@ -203,7 +205,7 @@ def _loss_and_gradients(
         kernel = torch.empty(columns, D, dtype=dtype, device=device)
         kernel[:vocab_size].copy_(weight)
         kernel[vocab_size:].zero_()
-    logits_buffer = torch.empty(chunk_rows, stride, dtype=exact, device=device)[:, :columns]
+    logits_buffer = torch.empty(chunk_rows, stride, dtype=logits_dtype, device=device)[:, :columns]
 
     valid = targets != IGNORE_INDEX
     targets = torch.where(valid, targets, 0).unsqueeze(1)
@@ -325,29 +327,36 @@ def compiled_softmax(backend: str | Callable = "inductor") -> Softmax:
 
 class _InPlaceSoftmax:
     """A `Softmax` that overwrites the logits with their gradient, `block_rows` of them at a time, and keeps its work
-    space from chunk to chunk, up to `chunk_rows` of them."""
+    space from chunk to chunk, up to `chunk_rows` of them. Logits of bf16 or float16 are float32 there alone."""
 
     def __init__(self, chunk_rows: int, vocab_size: int, block_rows: int):
         self.chunk_rows, self.vocab_size, self.block_rows = chunk_rows, vocab_size, min(chunk_rows, block_rows)
-        self.exp_buffer = self.rounded_buffer = None
+        self.exp_buffer = self.exact_buffer = self.rounded_buffer = None
 
-    def __call__(self, z, target, scale, *, penalty, vocab_size, gradient_dtype):
+    def __call__(self, logits, target, scale, *, penalty, vocab_size, gradient_dtype):
+        exact = _statistics_dtype(logits.dtype)
         if self.exp_buffer is None:
-            self.exp_buffer = z.new_empty(self.block_rows, vocab_size)
+            self.exp_buffer = logits.new_empty(self.block_rows, vocab_size, dtype=exact)
+            self.exact_buffer = None if logits.dtype == exact else torch.empty_like(self.exp_buffer)
         statistics = []
-        for first in range(0, len(z), self.block_rows):
-            block = slice(first, min(first + self.block_rows, len(z)))
-            e = self.exp_buffer[: block.stop - first]
+        for first in range(0, len(logits), self.block_rows):
+            block = slice(first, min(first + self.block_rows, len(logits)))
+            rows = logits[block]
+            z = rows if self.exact_buffer is None else self.exact_buffer[: len(rows)].copy_(rows)
             statistics.append(
-                _softmax_in_place(z[block], e, target[block], scale[block], penalty, gradient_dtype is not None)
+                _softmax_in_place(
+                    z, self.exp_buffer[: len(rows)], target[block], scale[block], penalty, gradient_dtype is not None
+                )
             )
-        gradient = z
-        if gradient_dtype not in (None, z.dtype):
+            if z is not rows and gradient_dtype is not None:
+                rows.copy_(z)
+        gradient = logits
+        if gradient_dtype not in (None, logits.dtype):
             if self.rounded_buffer is None:
-                self.rounded_buffer = torch.empty(self.chunk_rows, z.stride(0), dtype=gradient_dtype, device=z.device)[
-                    :, :vocab_size
-                ]
-            gradient = self.rounded_buffer[: len(z)].copy_(z)
+                self.rounded_buffer = torch.empty(
+                    self.chunk_rows, logits.stride(0), dtype=gradient_dtype, device=logits.device
+                )[:, :vocab_size]
+            gradient = self.rounded_buffer[: len(logits)].copy_(logits)
         return torch.cat(statistics), gradient
 
 
@@ -392,7 +401,7 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, beta: int = 0) -> None:
     """out = beta * out + a @ b, out in float32 also where a and b are not."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out) if beta else torch.mm(a, b, out=out)
-    elif a.is_cuda and torch.version.cuda:  # can keep the float32 of its accumulator (not run by the project yet)
+    elif _keeps_accumulator(a.device):
         if beta:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:
@@ -400,6 +409,11 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, beta: int = 0) -> None:
     else:
         product = torch.mm(a, b)
         out.add_(product) if beta else out.copy_(product)
+
+
+def _keeps_accumulator(device: torch.device) -> bool:
+    """Whether products of bf16 or float16 can keep the float32 of their accumulator (not run by the project yet)."""
+    return device.type == "cuda" and torch.version.cuda is not None
 
 
 def _device_memory(device: torch.device) -> int:

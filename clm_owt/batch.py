@@ -134,12 +134,13 @@ def loss_chunk_rows(vocab_size: int, device_type: str, device_memory: int, compu
 
 def loss_chunk_bytes(rows: int, vocab_size: int, device_type: str, compute_bytes: int, compiled: bool) -> int:
     """Bytes of so many rows of logits at their peak: float32, and their gradient in the type of the products. Not
-    compiled, the gradient takes the logits' place unless it is rounded, and two values a logit are work space for as
-    many rows as pass through the softmax together."""
+    compiled, the gradient takes the logits' place unless it is rounded (on a CPU both are in its type), and two values
+    a logit are work space for as many rows as pass through the softmax together."""
     if compiled:
         return (4 + compute_bytes) * rows * padded_columns(vocab_size)
     work = min(rows, softmax_rows(vocab_size, device_type))
-    return ((4 if compute_bytes == 4 else 4 + compute_bytes) * rows + 8 * work) * vocab_size
+    logit = compute_bytes if compute_bytes == 4 or device_type == "cpu" else 4 + compute_bytes
+    return (logit * rows + 8 * work) * vocab_size
 
 
 def softmax_traffic(penalty_type: str, penalty_top_k: int, compute_bytes: int) -> int:

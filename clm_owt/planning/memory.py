@@ -34,8 +34,8 @@ def step_memory(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Har
     keeps, in units of tokens x width, 2 in float32 (the residual stream before either LayerNorm) and 14 in the compute
     type (normalised inputs 2, q k v 3, attention 1, MLP 4 + 4); with checkpointing its input alone, and one block at a
     time the rest. Autocast keeps copies of the matrices. The loss holds a chunk of logits and, compiled, its gradient;
-    else twice as much work space (on CPU for 4 MB at a time) and in bf16 a rounded copy; and the gradients of hidden
-    states and embedding.
+    else twice as much work space (on CPU for 4 MB at a time) and in bf16 a rounded copy (on CPU no other); and the
+    gradients of hidden states and embedding, under bf16 on CPU the latter's product as well.
     """
     width, layers, compute = recipe.n_embd, recipe.n_layer, hardware.compute_bytes
     shards = hardware.processes if hardware.sharded else 1
@@ -51,7 +51,7 @@ def step_memory(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Har
     compiled = is_compiled(recipe.torch_compile, hardware.device_type)
     chunks = -(-tokens // loss_chunk_rows(vocab_size, hardware.device_type, hardware.memory, compute, compiled))
     rows = -(-tokens // chunks)
-    gradients = stream + head
+    gradients = stream + head + (head // 2 if compute == 2 and hardware.device_type == "cpu" else 0)
     loss = loss_chunk_bytes(rows, vocab_size, hardware.device_type, compute, compiled) + gradients
     parts = {
         "weights": weights,

@@ -150,18 +150,21 @@ def test_backward_scales_by_any_incoming_gradient_and_keeps_what_was_saved():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Watches every operation and keeps the number of elements of the largest storage, and of all written so far."""
+    """Watches every operation and keeps the number of elements of the largest storage, the bytes of the one with most,
+    and the elements of all written so far."""
 
     def __init__(self):
         super().__init__()
-        self.elements = 0
+        self.elements = self.bytes = 0
         self.outputs = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+                size = tensor.untyped_storage().nbytes()
+                self.elements = max(self.elements, size // tensor.element_size())
+                self.bytes = max(self.bytes, size)
                 self.outputs.append((str(function), tensor.numel()))
         return result
 
@@ -183,6 +186,16 @@ def test_no_tensor_is_larger_than_one_chunk_of_logits(training, dtype):
         with LargestTensor() as usual:
             reference_linear_loss(hidden, weight, targets, **options)
         assert usual.elements == N * V
+
+
+@pytest.mark.parametrize("penalty_type", PENALTY_TYPES)
+def test_under_bfloat16_a_cpu_holds_no_chunk_of_logits_in_float32(penalty_type):
+    hidden, weight, targets = random_inputs(N=64, D=8, V=997)
+    options = {"penalty_type": penalty_type, "penalty_weight": 0.1, "chunk_rows": 64, "block_rows": 4}
+    with LargestTensor() as fused, torch.autocast("cpu", torch.bfloat16):
+        loss = fused_linear_loss(hidden.requires_grad_(), weight.requires_grad_(), targets, num_items=64, **options)
+        loss.loss.backward()
+    assert fused.bytes == 64 * 1008 * 2
 
 
 def test_on_a_cpu_the_head_gradient_is_not_copied_in_backward():

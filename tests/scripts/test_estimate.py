@@ -58,11 +58,11 @@ COMBINATIONS = [
 
 @pytest.mark.parametrize(("changes", "vocab_size", "micro_batch"), COMBINATIONS)
 def test_the_estimate_is_within_a_tenth_of_what_the_kernel_reports_of_real_steps(
-    changes, vocab_size, micro_batch, tmp_path
+    changes, vocab_size, micro_batch, tmp_path, precision="no"
 ):
     recipe = small(**changes)
     options = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
-    task = json.dumps({"vocab_size": vocab_size, "micro_batch": micro_batch, "mixed_precision": "no"})
+    task = json.dumps({"vocab_size": vocab_size, "micro_batch": micro_batch, "mixed_precision": precision})
     base = [word for i, word in enumerate(SMALL) if not ({SMALL[i], SMALL[i - 1]} & set(options[::2]))]
     command = [sys.executable, "scripts/estimate.py", "--measure", task, *base, *options]
     # glibc would keep what is freed in pieces below 32 MB, which no estimate of tensors can know.
@@ -70,7 +70,14 @@ def test_the_estimate_is_within_a_tenth_of_what_the_kernel_reports_of_real_steps
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     measured = int(result.stdout.split()[-1])
-    assert total(recipe, vocab_size, micro_batch) == pytest.approx(measured, rel=0.10)
+    hardware = Hardware(mixed_precision=precision)
+    assert total(recipe, vocab_size, micro_batch, hardware) == pytest.approx(measured, rel=0.10)
+    assert sum(step_memory(recipe, vocab_size, micro_batch, hardware).values()) == pytest.approx(measured, rel=0.10)
+
+
+@pytest.mark.slow
+def test_the_same_of_steps_under_bf16(tmp_path):
+    test_the_estimate_is_within_a_tenth_of_what_the_kernel_reports_of_real_steps({}, 4096, 16, tmp_path, "bf16")
 
 
 def test_the_parts_of_the_state_are_exact_and_nothing_is_missed():
@@ -107,6 +114,7 @@ def test_memory_rises_and_falls_with_each_setting_as_it_does_in_reality():
         ({"effective_batch_size": 64}, CPU),
         ({"effective_batch_size": 64}, Hardware(processes=4)),
         ({"gradient_checkpointing": True}, CPU),
+        ({}, Hardware(mixed_precision="bf16")),
         ({}, Hardware("cuda", None, 40 << 30, mixed_precision="bf16")),
         ({"gradient_checkpointing": True}, Hardware("cuda", None, 8 << 30, mixed_precision="bf16")),
     ],

@@ -178,7 +178,8 @@ def cut_back_samples(path: Path, state: TrainState) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    # As it is: a continuation may hold a carriage return, which reading as text would change.
+    for line in path.read_bytes().decode("utf-8").splitlines(keepends=True):
         if line.startswith("## Step ") and int(line.split()[2]) > state.sampled_step:
             break
         kept.append(line)

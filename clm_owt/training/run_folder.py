@@ -18,7 +18,7 @@ from clm_owt.data.sources import Source
 from clm_owt.data.token_store import TokenStore
 from clm_owt.errors import InputError
 from clm_owt.file_lock import check_writable
-from clm_owt.files import replacing_folder, write_text
+from clm_owt.files import replacing, replacing_folder, write_text
 from clm_owt.formatting import format_clock
 from clm_owt.model.fp8 import transpose_linear_weights
 from clm_owt.model.gpt2 import GPT2ForPretraining
@@ -234,7 +234,8 @@ def begin(
         for name in ("metrics.jsonl", "samples.md"):
             file = existing.checkpoint.parent.parent / name
             if file.exists() and not (folder / name).exists():
-                write_text(folder / name, file.read_text(encoding="utf-8"))
+                with replacing(folder / name) as aside:
+                    shutil.copyfile(file, aside)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     content = {
         **plan.to_dict(),

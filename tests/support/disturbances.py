@@ -121,6 +121,8 @@ def fork_builders(handed_in: HandedIn) -> None:
             self.returncode = None
             self.pid = os.fork()
             if self.pid == 0:
+                if start_new_session:  # by which it yields to the training, and to nobody else
+                    os.setsid()
                 os.dup2(reading, 0)
                 os.dup2(stdout.fileno(), 1)
                 os.dup2(stderr.fileno(), 2)

@@ -40,6 +40,15 @@ def test_samples_after_the_resumed_step_are_dropped(tmp_path):
     assert path.read_text() == "## Step 2\n\n**A** b\n\n"
 
 
+def test_what_a_model_wrote_stays_as_it_is_when_a_run_goes_on(tmp_path):
+    """Carriage returns and form feeds too, which some count as ends of lines."""
+    path = tmp_path / "samples.md"
+    content = b"## Step 2\n\n**A** b\rc\r\nd\x0ce\n\n"
+    path.write_bytes(content)
+    cut_back_samples(path, TrainState(step=3, sampled_step=2))
+    assert path.read_bytes() == content
+
+
 def test_a_run_that_continues_without_its_metrics_says_where_they_begin(tmp_path, capsys):
     with RunLog(SimpleNamespace(output_dir=str(tmp_path), report_to=()), total_steps=20, is_main=True) as log:
         log.start(TrainState(step=8), {})

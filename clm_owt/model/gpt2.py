@@ -85,7 +85,7 @@ class GPT2ForPretraining(GPT2LMHeadModel):
         transformer = self.transformer
         weight = transformer.wte.weight
         # A dense gradient of the embedding is V x D of zeros with m T rows filled, which then is added to the head's:
-        # 1-2 % of a step of GPT-2 on a CPU. Autograd adds the rows of a sparse one to the head's in place.
+        # 1-2 % of a step of GPT-2 on a CPU. The rows of a sparse one are added to a copy of the head's.
         sparse = weight.is_cpu and weight.requires_grad and not torch.compiler.is_compiling()
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         hidden = transformer.drop(F.embedding(input_ids, weight, sparse=sparse) + transformer.wpe(positions))

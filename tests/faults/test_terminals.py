@@ -13,11 +13,20 @@ from support.terminal import Terminal
 
 pytestmark = pytest.mark.xdist_group("faults")
 
-# A save has four files, of which each takes so long.
-SLOW_SAVES = (
-    "import hashlib, time\ndigest = hashlib.file_digest\n"
-    "hashlib.file_digest = lambda *arguments: time.sleep(0.8) or digest(*arguments)\n"
-)
+# A save has four files, of which each takes so long; a step takes long enough to be stopped in the midst of the run.
+SLOW = """
+import hashlib, json, time
+
+digest, dumps = hashlib.file_digest, json.dumps
+
+def slow_dumps(value, **more):
+    if isinstance(value, dict) and value.get("split") == "train":
+        time.sleep(0.04)
+    return dumps(value, **more)
+
+hashlib.file_digest = lambda *arguments: time.sleep(0.8) or digest(*arguments)
+json.dumps = slow_dumps
+"""
 WAYS = {
     "Ctrl-C": Terminal.press_ctrl_c,
     "terminal closed": Terminal.close,
@@ -64,7 +73,7 @@ def test_a_run_stopped_in_a_terminal_saves_its_last_step(bench, tmp_path, draw, 
     for attempt in range(9):
         home, step = tmp_path / str(attempt), draw.randint(4, 40)
         home.mkdir()
-        (home / "sitecustomize.py").write_text(SLOW_SAVES)
+        (home / "sitecustomize.py").write_text(SLOW)
         metrics, log = bench.run_of(home) / "metrics.jsonl", home / "runs/sweeps/sweep/small.log"
         with Terminal(home, environment(home, PYTHONPATH=str(home), **ON_CPU)) as terminal:
             terminal.type(command(program, processes, bench, home))

@@ -87,6 +87,8 @@ def test_a_run_stopped_in_a_terminal_saves_its_last_step(bench, tmp_path, draw, 
             took, text = time.monotonic() - began, terminal.text
         if not (bench.run_of(home) / "model").exists():  # else it had ended before
             break
+    else:
+        pytest.fail(f"nine times it ended before it was stopped:\n{text}")
     last = max(steps_of(metrics))
     assert [path.name for path in bench.checkpoints_of(home).iterdir()] == [f"step-{last:08d}"], text
     said = f"after step {last}, saved"

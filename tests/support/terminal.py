@@ -27,6 +27,7 @@ class Terminal:
         pid, self._master = pty.fork()
         if pid == 0:
             os.chdir(cwd)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which tests that run under nohup would hand down as ignored
             shell = {"PS1": "$ ", "TERM": "dumb", self.MARK: self.mark, "HISTFILE": "/dev/null"}
             os.execvpe("bash", ["bash", "--norc", "--noprofile", "-i"], dict(env) | shell)
         self.shell = psutil.Process(pid)

@@ -28,7 +28,7 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
     # Imported here, so that a bad recipe is reported without waiting for torch.
     with waiting("importing torch, transformers and datasets"):
         from clm_owt import hub
-        from clm_owt.data import builder, order, sources, token_store, tokenizer_files
+        from clm_owt.data import builder, order, reachability, sources, token_store, tokenizer_files
         from clm_owt.model import fp8, gpt2
         from clm_owt.planning import plan
         from clm_owt.tracking.run_log import RunLog
@@ -44,6 +44,14 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
         if existing.finished and not plan_only:
             return group.say(*group.on_main(run_folder.summarize, folder))
         stop.reached = existing.reached
+        if plan_only and (reason := group.on_main(reachability.find_unreachable, existing.pin_data(recipe))):
+            found = micro_batch_search.find_micro_batch(
+                None, recipe, accelerator, group, stop, hardware, known=existing.micro_batch_search, probing=False
+            )
+            vocab_size = group.on_main(tokenizer_files.known_vocab_size, recipe)
+            the_plan = plan.make_plan(recipe, plan.Data(), vocab_size, found.micro_batch, hardware)
+            group.say(f"Data and tokenizer are not looked at ({reason}): the plan is of the recipe alone")
+            return group.say(found.summary(), *plan.plan_lines(the_plan, recipe, not_looked_at=True))
         if not plan_only:
             group.say(*group.on_main(hub.check_repository, recipe))
 

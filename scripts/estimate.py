@@ -42,7 +42,6 @@ from clm_owt.program import run_script
 from clm_owt.recipe import Recipe
 from clm_owt.recipe_reader import load_recipe
 
-GPT2_VOCABULARY = 50_257
 PARTS = ("weights", "gradients", "optimizer", "activations", "loss")
 
 
@@ -116,13 +115,12 @@ def measure_here(task: str, recipe: Recipe) -> int:
 
 
 def find_vocab_size(recipe: Recipe, given: int | None) -> int:
-    if given or recipe.train_tokenizer_vocab_size:
-        return given or recipe.train_tokenizer_vocab_size
-    if recipe.tokenizer_name in ("openai-community/gpt2", "gpt2"):
-        return GPT2_VOCABULARY
-    raise InputError(
-        f"--vocab_size: missing; the number of ids of tokenizer {recipe.tokenizer_name} is not known here"
-    )
+    from clm_owt.data.tokenizer_files import known_vocab_size
+
+    try:
+        return given or known_vocab_size(recipe)
+    except InputError as error:
+        raise InputError(f"--vocab_size: missing; {error}") from error
 
 
 def memory_table(estimates: list[Estimate], measured: dict[str, int]) -> tuple[list[str], list[list[str]]]:

@@ -149,9 +149,7 @@ def resolve_commit(recipe: Recipe) -> str:
     """The commit that `dataset_revision` (default: the main branch) means; the remembered one where a store was begun
     with it. Raises `InputError` for an unknown or forbidden dataset or revision, or where the Hub does not answer."""
     name, revision = recipe.dataset_name, recipe.dataset_revision
-    if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
-        return revision
-    if (known := remembered_ref(recipe, dataset=name, revision=revision)) is not None:
+    if (known := known_commit(recipe)) is not None:
         return known
 
     from huggingface_hub import HfApi
@@ -175,6 +173,14 @@ def resolve_commit(recipe: Recipe) -> str:
             "without a connection, use a complete token store (same data_cache_dir), local files, or "
             f"dataset_name: {PYTHON_DOCS}"
         ) from error
+
+
+def known_commit(recipe: Recipe) -> str | None:
+    """The commit of the dataset that needs no look-up: as the recipe gives it, or as remembered."""
+    revision = recipe.dataset_revision
+    if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    return remembered_ref(recipe, dataset=recipe.dataset_name, revision=revision)
 
 
 def remember_refs(source: Source, cache: Path) -> None:

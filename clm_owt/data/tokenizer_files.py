@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_BYTES = 100_000_000  # of text that a tokenizer is trained on
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+GPT2_NAMES = ("openai-community/gpt2", "gpt2")
+GPT2_VOCABULARY = 50_257
 
 
 class TokenizerFolder:
@@ -97,11 +99,38 @@ def tokenizer_folder(recipe: Recipe, source: Source) -> Path:
         depends_on = source.identity() | {"validation_documents": recipe.validation_documents}
         digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
         name = f"bpe-{recipe.train_tokenizer_vocab_size}-{digest}"
-    elif Path(recipe.tokenizer_name).expanduser().is_dir():
+        return Path(recipe.data_cache_dir).expanduser() / "tokenizers" / name
+    return named_tokenizer_folder(recipe)
+
+
+def named_tokenizer_folder(recipe: Recipe) -> Path:
+    """Where the tokenizer `tokenizer_name` is or will be."""
+    if Path(recipe.tokenizer_name).expanduser().is_dir():
         return Path(recipe.tokenizer_name).expanduser().absolute()
-    else:
-        name = recipe.tokenizer_name.replace("/", "--")
-    return Path(recipe.data_cache_dir).expanduser() / "tokenizers" / name
+    return Path(recipe.data_cache_dir).expanduser() / "tokenizers" / recipe.tokenizer_name.replace("/", "--")
+
+
+def needs_download(recipe: Recipe) -> bool:
+    """Whether the recipe's tokenizer is one of the Hub that is not here yet."""
+    return recipe.tokenizer_name is not None and not (named_tokenizer_folder(recipe) / "tokenizer.json").is_file()
+
+
+def known_vocab_size(recipe: Recipe) -> int:
+    """The size of the recipe's vocabulary without a connection: of a tokenizer that is in a folder or was downloaded
+    before, by the Hub's own client too; of one that is to be trained; of GPT-2's. Raises `InputError` for others."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if recipe.train_tokenizer_vocab_size is not None:
+        return recipe.train_tokenizer_vocab_size
+    if not needs_download(recipe):
+        return TokenizerFolder(named_tokenizer_folder(recipe)).vocab_size
+    if isinstance(cached := try_to_load_from_cache(recipe.tokenizer_name, "tokenizer.json"), str):
+        return TokenizerFolder(Path(cached).parent).vocab_size
+    if recipe.tokenizer_name in GPT2_NAMES:
+        return GPT2_VOCABULARY
+    raise InputError(
+        f"tokenizer_name: {recipe.tokenizer_name} was not downloaded yet, so its number of ids is not known"
+    )
 
 
 @contextlib.contextmanager

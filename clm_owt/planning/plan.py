@@ -48,10 +48,10 @@ CURVE, CURVE_WIDTH = "▁▂▃▄▅▆▇█", 32
 class Data:
     """What is known of the data when the plan is made; None where it is still being read."""
 
-    train_documents: int | None
-    validation_documents: int | None
-    train_blocks: int | None
-    validation_blocks: int | None
+    train_documents: int | None = None
+    validation_documents: int | None = None
+    train_blocks: int | None = None
+    validation_blocks: int | None = None
 
 
 @dataclass(frozen=True)
@@ -343,17 +343,21 @@ def disk_problems(needs: list[tuple[Disk | None, int | None, str]]) -> list[str]
     return problems
 
 
-def plan_lines(plan: Plan, recipe: Recipe) -> list[str]:
-    """The plan as the lines a user reads before the run."""
+def plan_lines(plan: Plan, recipe: Recipe, not_looked_at: bool = False) -> list[str]:
+    """The plan as the lines a user reads before the run. `not_looked_at`: data and tokenizer, for want of a network;
+    what the lines say of them is what the recipe states."""
+    not_counted, still_read = "not counted yet", "still being read"
+    if not_looked_at:
+        not_counted = still_read = "not looked at: no network"
 
     def amount(number: float | None, unit: str) -> str:
-        return f"{number:,} {unit}" if number is not None else f"{unit} not counted yet"
+        return f"{number:,} {unit}" if number is not None else f"{unit} {not_counted}"
 
     blocks = amount(plan.train_blocks, "training blocks")
     if plan.train_blocks_expected:
-        blocks += " expected (still being read)"
+        blocks += f" expected ({still_read})"
     epochs = f", {plan.epochs:.2f} epochs of {plan.steps_per_epoch:,.1f} steps" if plan.epochs is not None else ""
-    data_bytes = "data not counted yet" if plan.data_bytes is None else f"data {format_bytes(plan.data_bytes)}"
+    data_bytes = f"data {not_counted}" if plan.data_bytes is None else f"data {format_bytes(plan.data_bytes)}"
     evaluation = (
         "" if plan.evaluation_share is None else f" ({plan.evaluation_share:.1%} of the training's arithmetic)"
     )
@@ -361,9 +365,12 @@ def plan_lines(plan: Plan, recipe: Recipe) -> list[str]:
     memory = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.memory.items() if size)
     steps = [plan.total_steps * i // (CURVE_WIDTH - 1) for i in range(CURVE_WIDTH)]
     schedule = recipe.schedule(plan.total_steps)
+    documents = (
+        f"{amount(plan.train_documents, 'training documents')}, "
+        f"{amount(plan.validation_documents, 'validation documents')}"
+    )
     rows = {
-        "data": f"{recipe.dataset_name}: {amount(plan.train_documents, 'training documents')}, "
-        f"{amount(plan.validation_documents, 'validation documents')}",
+        "data": f"{recipe.dataset_name}: {not_counted if not_looked_at else documents}",
         "blocks": f"{blocks}, {amount(plan.validation_blocks, 'validation blocks')}, of {recipe.block_size} tokens",
         "length": f"{plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens{epochs}; "
         f"{plan.total_tokens:,} tokens in all",

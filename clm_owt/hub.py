@@ -6,10 +6,7 @@ one that has not arrived stays, for `scripts/push.py <run>`.
 
 import copy
 import json
-import math
 import shutil
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,10 +26,10 @@ from clm_owt.recipe import Recipe
 from clm_owt.reports.model_card import model_card
 from clm_owt.reports.record import read_metrics, read_plan, read_recipe
 from clm_owt.stopping import StopRequest
+from clm_owt.upload_queue import RETRY_PAUSES, UploadQueue
 
+# Between the commits of a run that goes on; the Hub takes 128 an hour of a repository.
 SECONDS_BETWEEN_COMMITS = 300.0
-# Before the second and the third attempt, beside the few seconds for which the client itself repeats some requests.
-RETRY_PAUSES = (10.0, 30.0)
 
 CARRIED_FILES = ("recipe.yaml", "plan.json", "training_curves.png", "samples.md")
 
@@ -116,7 +113,7 @@ def upload(folder: Path, repo_id: str, private: bool | None) -> str:
     """
     api = HfApi()
     repo_id = ensure_repository(api, repo_id, private)
-    step = int(folder.name.removeprefix("step-"))
+    step = step_of(folder)
     (folder / "README.md").write_text(str(model_card(folder, repo_id, step)), encoding="utf-8")
     commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Step {step:,}")
     try:
@@ -182,17 +179,14 @@ class HubUploads:
         self._model = model
         self._tokenizer = copy.deepcopy(tokenizer)  # a tokenizer must not be used by two threads at once
         shutil.rmtree(self._run / "hub", ignore_errors=True)  # of an earlier session; newer ones follow
-        self._changed = threading.Condition()
-        self._waiting: Path | None = None
-        self._closed = False
-        # A daemon, since nothing may keep a stopped run from ending.
-        self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
-        self._thread.start()
+        self._queue = UploadQueue(
+            "hub", self._upload, self._failed, will_not_pass, say, SECONDS_BETWEEN_COMMITS, RETRY_PAUSES
+        )
 
     def saved(self, checkpoint: Path) -> None:
         """Upload a checkpoint that was just written, where the recipe says so. Called beside the training, by the
         thread that writes checkpoints; what goes wrong is printed, and changes nothing."""
-        step = int(checkpoint.name.removeprefix("step-"))
+        step = step_of(checkpoint)
         if not self._active or self._recipe.hub_strategy != "every_save" or step == self._total_steps:
             return
         try:
@@ -206,13 +200,10 @@ class HubUploads:
         if not self._active:
             return
         self._offer(self._total_steps, lambda aside: shutil.copytree(self._run / "model", aside))
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._queue.close()
         self._say(f"Uploading to {self._recipe.hub_model_id}")
         stop.reached, stop.way_on = "before the upload had ended", f"to repeat it: python scripts/push.py {self._run}"
-        while self._thread.is_alive():
-            self._thread.join(timeout=0.2)
+        while not self._queue.wait(0.2):
             stop.check()
 
     def _write_model(self, folder: Path, weights: dict) -> None:
@@ -220,60 +211,21 @@ class HubUploads:
         self._tokenizer.save_pretrained(folder)
 
     def _offer(self, step: int, write_model: Callable[[Path], None]) -> None:
-        folder = stage(self._run, step, write_model)
-        with self._changed:
-            if self._waiting is not None:
-                shutil.rmtree(self._waiting)
-            self._waiting = folder
-            self._changed.notify_all()
+        self._queue.offer(stage(self._run, step, write_model))
 
-    def _work(self) -> None:
-        not_before = -math.inf
-        while (folder := self._next(not_before)) is not None:
-            if self._deliver(folder):
-                not_before = time.monotonic() + SECONDS_BETWEEN_COMMITS
+    def _upload(self, folder: Path) -> str:
+        recipe = self._recipe
+        upload(folder, recipe.hub_model_id, recipe.hub_private_repo)
+        return f"Uploaded step {step_of(folder):,} to {recipe.hub_model_id}, revision {folder.name}"
 
-    def _next(self, not_before: float) -> Path | None:
-        """The newest folder that waits, when the time has come; None when there will be no more."""
-        with self._changed:
-            while True:
-                left = not_before - time.monotonic()
-                if self._waiting is None:
-                    if self._closed:
-                        return None
-                    self._changed.wait()
-                elif left > 0:
-                    if self._closed and left > 5:
-                        self._say(
-                            f"The last upload begins in {left:.0f} s: one commit in {SECONDS_BETWEEN_COMMITS:.0f} s"
-                        )
-                    self._changed.wait(left)
-                else:
-                    folder, self._waiting = self._waiting, None
-                    return folder
+    def _failed(self, folder: Path, error: Exception) -> tuple[str, bool]:
+        return (
+            f"Step {step_of(folder):,} was not uploaded to {self._recipe.hub_model_id}: {explain(error)}; "
+            f"to repeat it: python scripts/push.py {self._run}",
+            True,
+        )
 
-    def _deliver(self, folder: Path) -> bool:
-        """Upload, and again after growing pauses, until it has arrived, cannot, or a newer one waits."""
-        step = int(folder.name.removeprefix("step-"))
-        repo_id = self._recipe.hub_model_id
-        pauses = iter(RETRY_PAUSES)
-        while True:
-            try:
-                upload(folder, repo_id, self._recipe.hub_private_repo)
-            except Exception as error:
-                pause = None if will_not_pass(error) else next(pauses, None)
-                if pause is None:
-                    self._say(
-                        f"Step {step:,} was not uploaded to {repo_id}: {explain(error)}; "
-                        f"to repeat it: python scripts/push.py {self._run}"
-                    )
-                    return False
-                with self._changed:
-                    replaced = self._changed.wait_for(lambda: self._waiting is not None, pause)
-                if replaced:
-                    shutil.rmtree(folder)
-                    return False
-            else:
-                shutil.rmtree(folder)
-                self._say(f"Uploaded step {step:,} to {repo_id}, revision {folder.name}")
-                return True
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's or a staged folder."""
+    return int(folder.name.removeprefix("step-"))

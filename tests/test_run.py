@@ -60,13 +60,15 @@ def test_the_metrics_hold_each_step_once_with_every_field(complete_run):
     validation = [row for row in rows if row["split"] == "validation"]
     assert [row["step"] for row in train] == list(range(1, 13))
     assert [row["step"] for row in validation] == [0, 5, 10, 12]
-    shared = {"step", "split", "loss", "ce_loss", "penalty", "max_prob", "entropy", "perplexity", "tokens"}
+    shared = set("step split loss ce_loss penalty max_prob entropy perplexity tokens elapsed_seconds".split())
     timing = {"tokens_per_second", "step_seconds", "data_seconds"}
     assert all(row.keys() == shared | timing | {"epoch", "learning_rate", "grad_norm", "micro_batch"} for row in train)
     assert all(row.keys() == shared for row in validation)
     assert [row["tokens"] for row in train] == [256 * step for step in range(1, 13)]
     assert [row["learning_rate"] for row in train][:3] == [0.0, 1.5e-3, 3e-3]
     assert validation[-1]["loss"] < validation[0]["loss"]
+    elapsed = [row["elapsed_seconds"] for row in rows]
+    assert elapsed == sorted(elapsed) and 0 < elapsed[0] < elapsed[-1]
 
 
 def test_the_model_is_an_ordinary_gpt2_that_a_pipeline_loads(complete_run):

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from clm_owt.data.ngrams import ngram_baselines
@@ -280,6 +282,8 @@ def environment(hardware: Hardware) -> dict[str, object]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": hardware.device_name,
+        "cores": psutil.cpu_count(logical=False),
+        "threads": torch.get_num_threads(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "git_commit": git_commit(),
     }

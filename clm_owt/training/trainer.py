@@ -144,7 +144,7 @@ class Trainer:
     def train(self) -> None:
         """Train to the end. Raises Stopped, with the last completed step saved, when told to stop."""
         state, last = self.state, self.total_steps
-        began = time.monotonic() - state.elapsed_seconds
+        self.began = time.monotonic() - state.elapsed_seconds
         self.checkpoints.saved_step = state.step  # a run that continues is saved, one that begins has nothing to save
         saved, taken = done_at_step(state), False
         try:
@@ -157,7 +157,7 @@ class Trainer:
                 # While numbers go wrong the last checkpoint stays one from before.
                 sound = state.not_finite_in_a_row == 0 or state.step == last
                 if self.due(self.recipe.save_steps) and state.step > 0 and sound and done_at_step(state) != saved:
-                    state.elapsed_seconds = time.monotonic() - began
+                    state.elapsed_seconds = self.elapsed()
                     self.save()
                     saved = done_at_step(state)
                 if state.step == last:
@@ -178,7 +178,7 @@ class Trainer:
             self.stop.reached = f"after step {last}, saved"
             self.processes.agree_to_stop(self.stop)
         except Stopped:
-            state.elapsed_seconds = time.monotonic() - began
+            state.elapsed_seconds = self.elapsed()
             self.save_at_stop()
             raise
         except RuntimeError:  # such as a connection that is lost to a process that died
@@ -188,7 +188,11 @@ class Trainer:
             raise
         finally:
             self.checkpoints.wait()
-        state.elapsed_seconds = time.monotonic() - began
+        state.elapsed_seconds = self.elapsed()
+
+    def elapsed(self) -> float:
+        """Seconds that the training has taken so far, with all that it does between steps, over all sessions."""
+        return time.monotonic() - self.began
 
     def due(self, interval: int | None) -> bool:
         """Whether what is done every `interval` steps, and at the end, is to be done after the last step taken."""
@@ -377,7 +381,13 @@ class Trainer:
         state.validation_loss = loss
         state.best_validation_loss = loss if best is None else min(best, loss)
         state.validated_step = state.step
-        row = {"step": state.step, **statistics._asdict(), "perplexity": perplexity(loss), "tokens": state.tokens}
+        row = {
+            "step": state.step,
+            **statistics._asdict(),
+            "perplexity": perplexity(loss),
+            "tokens": state.tokens,
+            "elapsed_seconds": round(self.elapsed(), 2),
+        }
         self.log.validation_row(row)
         self.log.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {row['perplexity']:,.2f}")
 
@@ -422,6 +432,7 @@ class Trainer:
             "tokens": state.tokens,
             "micro_batch": state.micro_batch,
             **self.throughput.read(),
+            "elapsed_seconds": round(self.elapsed(), 2),
         }
         if result.loss_scale is not None:
             row["loss_scale"] = result.loss_scale

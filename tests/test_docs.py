@@ -214,6 +214,9 @@ def share_model(checkout: Checkout, command: str) -> None:
 def finish_other_runs(checkout: Checkout, command: str) -> None:
     """A sweep keeps the finished runs that it finds; one run of one sweep is enough."""
     checkout.finish(*(f"quickstart,penalty_weight={weight}" for weight in (0.005, 0.01, 0.02)))
+    if "--seeds 2" in command:
+        checkout.finish("quickstart,seed=43", "quickstart,penalty_weight=0.05")
+        checkout.finish(*(f"quickstart,penalty_weight={weight},seed=43" for weight in (0.005, 0.01, 0.02, 0.05)))
     checkout.finish(*(f"owt_512,penalty_weight={weight}" for weight in (0.005, 0.02, 0.05)))
 
 

@@ -1,9 +1,12 @@
 """Whether runs differ by more than chance: differences over paired seeds, with their intervals."""
 
+import importlib.util
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
+
+from clm_owt.errors import InputError
 
 Setting = TypeVar("Setting", bound=Hashable)
 
@@ -39,14 +42,24 @@ def paired_difference(ours: Sequence[float], reference: Sequence[float], compari
     differences = [a - b for a, b in zip(ours, reference, strict=True)]
     if not differences:
         raise ValueError("no seeds: expected values of at least one")
-    mean, pairs = statistics.fmean(differences), len(differences)
-    if pairs < 2:
-        return Difference(mean, float("-inf"), float("inf"), pairs)
+    mean = statistics.fmean(differences)
+    half = half_interval(differences, CONFIDENCE ** (1 / comparisons))
+    return Difference(mean, mean - half, mean + half, len(differences))
+
+
+def half_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
+    """Half of Student's t interval of the mean of normal `values`; infinite for a single one."""
+    if len(values) < 2:
+        return float("inf")
     from scipy.stats import t  # takes a second, and most of what imports this compares nothing
 
-    confidence = CONFIDENCE ** (1 / comparisons)
-    half = t.ppf(0.5 + confidence / 2, pairs - 1) * statistics.stdev(differences) / pairs**0.5
-    return Difference(mean, mean - half, mean + half, pairs)
+    return float(t.ppf(0.5 + confidence / 2, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def check_intervals_can_be_computed() -> None:
+    """Raises InputError without scipy: at once, and not after the runs that are to be compared."""
+    if importlib.util.find_spec("scipy") is None:
+        raise InputError("intervals over several seeds need scipy; pip install 'clm_owt[sweep]'")
 
 
 def compare(values: Mapping[Setting, Mapping[int, float]], reference: Setting) -> dict[Setting, Difference]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from clm_owt.files import replacing
 from clm_owt.recipe import show
+from clm_owt.reports.comparison import CONFIDENCE, half_interval
 from clm_owt.reports.panels import COLORS, ROUND_STEPS, log_ticks, short
 from clm_owt.reports.record import RunRecord
 
@@ -41,8 +42,8 @@ class Point:
 
 
 def make_points(runs: Sequence[tuple[dict[str, Any], RunRecord]]) -> list[Point]:
-    """A point for each choice of the parameters other than the seed. Its errors are the standard deviation over the
-    seeds or, of one seed, the sampling error of the validation set."""
+    """A point for each choice of the parameters other than the seed. Its errors are half the interval of the mean
+    over its seeds (Student's t) or, of one seed, the sampling error of the validation set."""
     alone = all(options.keys() == {"seed"} for options, _ in runs)
     groups: dict[str, list[tuple[dict[str, Any], RunRecord]]] = {}
     for options, run in runs:
@@ -54,7 +55,7 @@ def make_points(runs: Sequence[tuple[dict[str, Any], RunRecord]]) -> list[Point]
         values = {name: [run.validation[-1][name] for run in found] for name in MEASURES}
         means = {name: statistics.fmean(of_runs) for name, of_runs in values.items()}
         errors = {
-            name: statistics.stdev(of_runs) if len(found) > 1 else sampling_error(found[0], name)
+            name: half_interval(of_runs) if len(found) > 1 else sampling_error(found[0], name)
             for name, of_runs in values.items()
         }
         points.append(Point(group[0][0], means, errors, len(found)))
@@ -115,9 +116,12 @@ def split_into_lines(points: Sequence[Point], names: Sequence[str]) -> tuple[str
 
 
 def describe_errors(points: Sequence[Point]) -> str:
-    seeds = max(point.runs for point in points)
-    if seeds > 1:
-        return f"bars: ± one standard deviation over up to {seeds} seeds"
+    fewest, most = (of(point.runs for point in points) for of in (min, max))
+    if most > 1:
+        seeds = f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+        return (
+            f"means of {seeds}; bars: their {CONFIDENCE:.0%} intervals, each alone (pairs tell more: comparison.csv)"
+        )
     if any(error is not None for point in points for error in point.errors.values()):
         return "one seed; bars: ± sampling error of the validation set, as training batches scatter"
     return "one seed; how much chance does is not known"

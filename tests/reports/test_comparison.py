@@ -35,18 +35,6 @@ def test_what_is_not_beyond_chance_is_said():
     assert str(paired_difference([4.1, 4.11], [4.0, 4.0])) == "+0.1050 [+0.0415, +0.1685]"
 
 
-@pytest.mark.parametrize(("settings", "seeds"), [(2, 5), (5, 5), (5, 3)])
-def test_of_sweeps_of_equal_settings_at_most_one_in_twenty_is_called_different(settings, seeds):
-    """Of 4,000 simulated ones, with what a seed shares and what is each run's own, within the binomial's error."""
-    random, sweeps, called = np.random.default_rng(0), 4000, 0
-    for _ in range(sweeps):
-        losses = 4.0 + random.normal(0, 0.02, seeds) + random.normal(0, 0.01, (settings, seeds))
-        values = {setting: dict(enumerate(row)) for setting, row in enumerate(losses)}
-        called += any(difference.beyond_chance for difference in compare(values, reference=0).values())
-    assert called / sweeps < 0.05 + 4 * math.sqrt(0.05 * 0.95 / sweeps)
-    assert called / sweeps > 0.01  # and it is no test that never calls anything
-
-
 def test_a_difference_of_five_deviations_is_found():
     random = np.random.default_rng(0)
     losses = 4.0 + random.normal(0, 0.02, 5) + random.normal(0, 0.01, (3, 5)) + np.array([[0.0], [0.0], [0.05]])

@@ -36,13 +36,19 @@ def test_the_sampling_error_is_that_of_the_training_batches_scaled_to_the_valida
     assert sampling_error(make_run(4.0, scatter=0.1, rows=10), "ce_loss") is None  # too few to tell
 
 
-def test_runs_that_differ_by_their_seed_alone_are_one_point_with_the_deviation_of_the_seeds():
+def test_runs_that_differ_by_their_seed_alone_are_one_point_with_the_interval_of_their_mean():
     runs = swept(penalty_weight=[0.0, 0.1], seed=[1, 2, 3])
     points = make_points(runs)
     assert [(point.options, point.runs) for point in points] == [({"penalty_weight": w}, 3) for w in (0.0, 0.1)]
     assert [point.means["ce_loss"] for point in points] == pytest.approx([4.1, 4.4])
-    assert points[0].errors["ce_loss"] == pytest.approx(0.1)
-    assert "over up to 3 seeds" in draw_sweep("sweep", runs)._suptitle.get_text()
+    # Losses 4.0, 4.1, 4.2: deviation 0.1, and Student's t of 2 degrees of freedom is 4.3027.
+    assert points[0].errors["ce_loss"] == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
+    figure = draw_sweep("sweep", runs)
+    assert "means of 3 seeds; bars: their 95% intervals" in figure._suptitle.get_text()
+    assert "means of 2 to 3 seeds" in draw_sweep("sweep", runs[:-1])._suptitle.get_text()
+    [_, _, [segments]] = bars(figure.axes[0])[0].lines
+    low, high = segments.get_segments()[0][:, 1]
+    assert (low + high) / 2 == pytest.approx(4.1) and high - low == pytest.approx(2 * points[0].errors["ce_loss"])
     assert len(make_points(swept(seed=[1, 2, 3]))) == 3  # a sweep over seeds alone shows them
 
 

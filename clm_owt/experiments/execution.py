@@ -1,0 +1,79 @@
+"""Trainings as commands of their own, which are told to stop when this program is, and waited for."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+POLL_SECONDS = 0.1
+ERROR_LINES = 3  # of a failed run's log
+# A training that was told to stop saves itself first; GPT-2's larger sizes take a minute on a slow disk.
+SECONDS_FOR_A_SAVE = 600.0
+
+
+@contextlib.contextmanager
+def interruption() -> Iterator[threading.Event]:
+    """An event that SIGINT, SIGTERM and a closed terminal set, instead of ending this program at once."""
+    interrupted = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {s: signal.signal(s, lambda *_: interrupted.set()) for s in signals}
+    try:
+        yield interrupted
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def execute(
+    command: Sequence[str],
+    log: Path,
+    variables: Mapping[str, str],
+    interrupted: threading.Event,
+    is_hopeless: Callable[[], bool] = lambda: False,
+) -> int | None:
+    """Run a command with these environment variables beside this program's, its output to the end of `log`; gives its
+    exit status, or None where it was ended because `is_hopeless`.
+
+    The command has a process group of its own, so that the training ends with its launcher. An interrupted one saves
+    itself, which is waited for also where its launcher has left before, and is continued the next time.
+    """
+    own_programs_first = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": own_programs_first} | variables
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        ended = False
+        while process.poll() is None:
+            if not ended and (interrupted.is_set() or is_hopeless()):
+                ended = True
+                os.killpg(process.pid, signal.SIGTERM)  # a training saves itself first
+            time.sleep(POLL_SECONDS)
+        wait_for_group(process.pid)
+    return None if ended and not interrupted.is_set() else process.returncode
+
+
+def wait_for_group(group: int) -> None:
+    """Until no process of a process group is left, for SECONDS_FOR_A_SAVE at most."""
+    deadline = time.monotonic() + SECONDS_FOR_A_SAVE
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(POLL_SECONDS)
+        print(f"process group {group} is still there after {SECONDS_FOR_A_SAVE:.0f} s, and left alone", flush=True)
+
+
+def error_in(text: str) -> str:
+    """What of the output of a failed run tells why: the program's own `error:` lines or, without any, the last line of
+    a traceback that is not the launcher's, or the last line of all."""
+    lines = [re.sub(r"^\[rank\d+\]: ", "", line) for line in text.splitlines() if line.strip()]
+    own = list(dict.fromkeys(line for line in lines if line.startswith("error: ")))
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
+    of_program = [line for line in raised if not re.match(r"subprocess\.CalledProcessError|torch\.distributed", line)]
+    return "\n".join(own[:ERROR_LINES] or of_program[-1:] or lines[-1:])

@@ -5,7 +5,7 @@ Every key is also an option of the command line (see recipe_reader.py). This mod
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -138,6 +138,8 @@ class Recipe:
     save_steps: int = key("steps between checkpoints", 1000, at_least(1))
     sample_steps: int | None = key("steps between samples; none: no samples", None, at_least(1))
     save_total_limit: int = key("checkpoints kept", 2, at_least(1))
+    # evaluation
+    milestones: Mapping[int, float] | None = key("published validation losses, by tokens trained on", None)
     # samples
     sample_prompts: tuple[str, ...] = key("prompts to continue", DEFAULT_PROMPTS)
     sample_max_new_tokens: int = key("tokens per sample", 100, at_least(1))
@@ -197,6 +199,7 @@ GROUPS = {
     "auto_batch_size": "memory",
     "penalty_type": "sharpness penalty",
     "logging_steps": "intervals",
+    "milestones": "evaluation",
     "sample_prompts": "samples",
     "run_name": "run",
 }
@@ -218,6 +221,8 @@ def show(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        return " ".join(f"{name}={content}" for name, content in value.items())
     return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 

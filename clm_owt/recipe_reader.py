@@ -13,7 +13,7 @@ import math
 import re
 import typing
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal
@@ -232,6 +232,9 @@ def check_rule(name: str, value: Any) -> Any:
 
 def words_to_value(name: str, words: Sequence[str]) -> Any:
     expected = TYPES[name]
+    if is_mapping(expected):
+        pairs = [tuple(word.partition("=")[::2]) for word in words]
+        return None if [w.lower() for w in words] == ["none"] else losses_by_tokens(pairs, from_text=True)
     if is_tuple(expected):
         return convert(expected, None if [w.lower() for w in words] == ["none"] else list(words), from_text=True)
     if not words and expected is bool:  # a bare --push_to_hub
@@ -249,9 +252,17 @@ def is_tuple(expected: Any) -> bool:
     return any(typing.get_origin(choice) is tuple for choice in alternatives(expected))
 
 
+def is_mapping(expected: Any) -> bool:
+    return any(typing.get_origin(choice) is Mapping for choice in alternatives(expected))
+
+
 def convert(expected: Any, value: Any, *, from_text: bool) -> Any:
     """`value` as the type `expected`; ValueError says in words what was expected."""
     choices = alternatives(expected)
+    if is_mapping(expected):
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(LOSSES_BY_TOKENS)
+        return None if value is None else losses_by_tokens(value.items(), from_text=from_text)
     if is_tuple(expected):
         if value is None:
             return None if type(None) in choices else ()
@@ -287,6 +298,34 @@ def convert(expected: Any, value: Any, *, from_text: bool) -> Any:
     if not math.isfinite(number):
         raise ValueError("a finite number")
     return number
+
+
+LOSSES_BY_TOKENS = "a loss greater than 0 for each number of tokens, as {5e9: 3.193}, or 5e9=3.193 as an option"
+
+
+def losses_by_tokens(pairs: Iterable[tuple[Any, Any]], *, from_text: bool) -> dict[int, float] | None:
+    """Losses by tokens, ascending; None where there are none. Tokens may be text, as YAML reads some ways to write
+    them; a loss in an option (`from_text`) alone."""
+    losses: dict[int, float] = {}
+    for tokens, loss in pairs:
+        count, number = positive(tokens, True), positive(loss, from_text)
+        if number is None or count is None or not count.is_integer():
+            raise ValueError(f"{LOSSES_BY_TOKENS}, not {tokens}: {loss}")
+        if int(count) in losses:
+            raise ValueError(f"one loss for each number of tokens, and {tokens} is given twice; keep one")
+        losses[int(count)] = number
+    return dict(sorted(losses.items())) or None
+
+
+def positive(value: Any, from_text: bool) -> float | None:
+    """A finite number greater than 0, or None where the value is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str) if from_text else (int, float)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) and number > 0 else None
 
 
 def expected_types(choices: Iterable[Any]) -> str:

@@ -146,7 +146,7 @@ def test_help_groups_the_keys_and_gives_choices_and_defaults(capsys):
 
 
 def test_a_recipe_written_out_reads_back_the_same(tmp_path):
-    recipe = load_recipe(words(sample_prompts="λ: 'quoted'", data_cache_dir="/tmp/é"))
+    recipe = load_recipe([*words(sample_prompts="λ: 'quoted'", data_cache_dir="/tmp/é"), *MILESTONES])
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe(["--recipe", str(path)]) == recipe
@@ -241,6 +241,60 @@ def test_a_value_that_cannot_work_is_refused_with_what_would(changes, expected):
 
 def test_an_incomplete_warmup_is_taken_when_the_recipe_says_so():
     assert load_recipe(words(warmup_steps="10", allow_incomplete_warmup="true")).warmup_steps == 10
+
+
+MILESTONES = ["--milestones", "20e9=3.024", "9_040_017_095=3.1", "5e9=3"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--milestones", "20e9=3.024", "9040017095=3.1", "5e9=3"],
+        "{20e9: 3.024, 9040017095: 3.1, '5e9': 3}",
+        "{2.0e+10: 3.024, 9_040_017_095: 3.1, 5000000000: 3.0}",
+    ],
+)
+def test_milestones_are_read_however_their_tokens_are_written_and_change_no_result(tmp_path, given):
+    text = "" if isinstance(given, list) else f"milestones: {given}\n"
+    recipe = load_recipe([*recipe_file(tmp_path, FILE + text), *(given if isinstance(given, list) else [])])
+    assert list(recipe.milestones.items()) == [(5 * 10**9, 3.0), (9_040_017_095, 3.1), (2 * 10**10, 3.024)]
+    assert recipe.run_name == "trial" and "milestones" not in recipe.result_settings()
+
+
+def test_no_milestones_are_none_and_an_option_takes_those_of_the_file_away(tmp_path):
+    assert load_recipe(recipe_file(tmp_path, FILE + "milestones: {}\n")).milestones is None
+    argv = recipe_file(tmp_path, FILE + "milestones: {5e9: 3.193}\n")
+    assert load_recipe([*argv, "--milestones", "none"]).milestones is None
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("true", "expected a loss greater than 0 for each number of tokens"),
+        ("[5e9, 3.193]", "expected a loss greater than 0 for each number of tokens"),
+        ("5e9=3.193", "'5e9=3.193' does not work; expected a loss greater than 0 for each number of tokens"),
+        ("{5e9: {3: 193}}", "5000000000.0: {3: 193}"),
+        ("{5e9: '3.193'}", "not 5000000000.0: 3.193"),
+        ("{5e9: true}", "not 5000000000.0: True"),
+        ("{5e9: null}", "not 5000000000.0: None"),
+        ("{5e9: .nan}", "not 5000000000.0: nan"),
+        ("{5e9: -1}", "not 5000000000.0: -1"),
+        ("{true: 3.193}", "not True: 3.193"),
+        ("{0: 3.193}", "not 0: 3.193"),
+        ("{1.5: 3.193}", "not 1.5: 3.193"),
+        ("{.inf: 3.193}", "not inf: 3.193"),
+        ("{many: 3.193}", "not many: 3.193"),
+        ("{5e9: 3.193, '5e9': 3}", "one loss for each number of tokens, and 5e9 is given twice; keep one"),
+        (["5e9"], "not 5e9: "),
+        (["5e9=", "20e9=3"], "not 5e9: "),
+        (["5e9=3", "5000000000=3"], "and 5000000000 is given twice; keep one"),
+    ],
+)
+def test_milestones_that_are_no_losses_by_tokens_are_refused(tmp_path, given, said):
+    text = "" if isinstance(given, list) else f"milestones: {given}\n"
+    options = ["--milestones", *given] if isinstance(given, list) else []
+    [problem] = problems([*recipe_file(tmp_path, FILE + text), *options])
+    assert "milestones: " in problem and " does not work; expected " in problem and said in problem
 
 
 @pytest.mark.parametrize(

@@ -95,17 +95,26 @@ def test_the_same_command_again_reports_the_finished_run(complete_run, warm, tin
 def test_a_run_stopped_after_a_checkpoint_continues_to_the_same_end_bit_for_bit(
     complete_run, warm, tiny_recipe, tmp_path, signum, status
 ):
-    folder = tmp_path / "runs/tiny"
-    stopped = warm.start("run_clm_owt:main", ["--recipe", str(tiny_recipe)], cwd=tmp_path)
+    """Said once in all that has been said: how far it is from a published loss."""
+    folder, argv = tmp_path / "runs/tiny", ["--recipe", str(tiny_recipe), "--milestones", "1e3=5", "2561=7.5"]
+    stopped = warm.start("run_clm_owt:main", argv, cwd=tmp_path)
     while not checkpoints(folder / "checkpoints"):
         assert stopped.poll() is None, stopped.text
     stopped.send(signum)
     assert stopped.wait() == status
     assert "Traceback" not in stopped.text
     assert not (folder / "model").exists()  # it was stopped before the end
-    continued = warm.start("run_clm_owt:main", ["--recipe", str(tiny_recipe)], cwd=tmp_path)
+    said = stopped.text
+    continued = warm.start("run_clm_owt:main", argv, cwd=tmp_path)
     assert continued.wait() == 0, continued.text
     assert "Continuing after step" in continued.text
+    if signum != signal.SIGKILL:  # after which a validation may be repeated
+        losses = {row["step"]: row["loss"] for row in timeless_metrics(folder) if row["split"] == "validation"}
+        lines = [line.partition("; ")[2] for line in (said + continued.text).splitlines() if "published" in line]
+        assert lines == [
+            f"published at 1 k tokens: 5, this run is {losses[5] - 5:.3f} above it",
+            f"published at 2.561 k tokens: 7.5, this run is {7.5 - losses[12]:.3f} below it",
+        ]
     assert timeless_metrics(folder) == timeless_metrics(complete_run)
     assert (folder / "samples.md").read_text() == (complete_run / "samples.md").read_text()
     assert (folder / "model/model.safetensors").read_bytes() == (complete_run / "model/model.safetensors").read_bytes()

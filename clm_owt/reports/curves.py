@@ -10,14 +10,11 @@ from clm_owt.files import replacing
 from clm_owt.formatting import format_count
 from clm_owt.reports.panels import (
     MARK_COLORS,
-    REFERENCE_POINTS,
-    REFERENCE_POINTS_NAME,
+    MILESTONES_NAME,
     ROUND_STEPS,
     Diagram,
     Note,
     diagrams,
-    is_gpt2_on_openwebtext,
-    last_step,
     log_ticks,
 )
 from clm_owt.reports.record import RunRecord
@@ -71,8 +68,7 @@ def draw_diagram(axes: "Axes", diagram: Diagram, runs: Sequence[RunRecord]) -> N
         axes.set_yscale("log")
     axes.set(xlim=diagram.steps, ylim=(diagram.low, diagram.high))
     draw_curves(axes, diagram, alone)
-    if panel.field == "ce_loss":
-        draw_references(axes, diagram, runs)
+    draw_references(axes, diagram)
     if alone:
         draw_marks(axes, runs[0])
     for note in diagram.end_labels():
@@ -115,16 +111,13 @@ def draw_curves(axes: "Axes", diagram: Diagram, alone: bool) -> None:
         axes.plot(curve.steps, curve.shown, label=label, **style)
 
 
-def draw_references(axes: "Axes", diagram: Diagram, runs: Sequence[RunRecord]) -> None:
-    """Losses to compare with, where they are of the same tokens as those of the runs."""
+def draw_references(axes: "Axes", diagram: Diagram) -> None:
+    """Losses to compare with."""
     for (loss, name), style in zip(diagram.lines, LINE_STYLES, strict=False):
         axes.axhline(loss, color="grey", linestyle=style, linewidth=1, label=f"{loss:.4g} {name}")
-    if not all(map(is_gpt2_on_openwebtext, runs)):
-        return
-    per_step = runs[0].plan["tokens_per_step"]
-    points = [(tokens / per_step, loss) for tokens, loss in REFERENCE_POINTS if tokens / per_step <= last_step(runs)]
-    if points:
-        axes.plot(*zip(*points, strict=True), "*", color="grey", label=REFERENCE_POINTS_NAME)
+    if diagram.milestones:
+        points = [(milestone.step, milestone.loss) for milestone in diagram.milestones]
+        axes.plot(*zip(*points, strict=True), "*", color="grey", label=MILESTONES_NAME)
 
 
 def draw_marks(axes: "Axes", run: RunRecord) -> None:

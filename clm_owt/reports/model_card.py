@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from clm_owt.formatting import markdown_table
 from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.recipe import FIELDS, FILE_FORMATS, PYTHON_DOCS, default_of
+from clm_owt.reports.milestones import CAVEAT, comparisons
 from clm_owt.reports.record import PLACES, Row, RunRecord
 
 # Of this software. Whoever trains on text under other terms changes it in the repository's README.
@@ -177,6 +178,10 @@ def results_table(run: RunRecord) -> str:
     if run.train:
         row = run.train[-1]
         text += f" Last training loss: {row['loss']:.4f} (step {row['step']:,})."
+    reached = comparisons(run.recipe.get("milestones"), run.validation)
+    if reached:
+        lines = [f"- step {row['step']:,}, validation loss {row['loss']:.4f}; {words}" for row, words in reached]
+        text += "\n\n".join([f"\n\nBeside published losses ({CAVEAT}):", "\n".join(lines)])
     return text
 
 

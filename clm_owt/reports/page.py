@@ -9,14 +9,17 @@ from collections.abc import Sequence
 
 from clm_owt.formatting import format_clock, format_count
 from clm_owt.recipe import FIELDS
+from clm_owt.reports.milestones import CAVEAT, comparisons
 from clm_owt.reports.panels import (
     COLORS,
     MARK_COLORS,
+    MILESTONES_NAME,
     Curve,
     Diagram,
     diagrams,
     differing_keys,
     log_ticks,
+    reached_milestones,
     reference_losses,
     setting,
     short,
@@ -113,6 +116,8 @@ def legend(runs: Sequence[RunRecord]) -> str:
         f"<span>{swatch('grey', style)}{loss:.4g} {html.escape(name)}</span>"
         for (loss, name), style in zip(reference_losses(runs), ("dotted", "dashed"), strict=False)
     ]
+    if reached_milestones(runs):
+        entries.append(f"<span>★ {html.escape(MILESTONES_NAME)}</span>")
     return f'<div class="legend">{"".join(entries)}</div>'
 
 
@@ -131,6 +136,7 @@ def panel(diagram: Diagram) -> str:
     for (loss, _), dash in zip(diagram.lines, ("dot", "dash"), strict=False):
         line = {"color": "grey", "dash": dash, "width": 1.5}
         figure.add_shape(type="line", xref="x domain", x0=0, x1=1, y0=loss, y1=loss, line=line)
+    add_milestones(figure, diagram)
     for step, what in runs[0].marks if len(runs) == 1 else ():
         kind = what.split()[0]
         line = {"color": MARK_COLORS[kind], "dash": "dot" if kind == "resumed" else "dash", "width": 1.5}
@@ -190,6 +196,24 @@ def add_curve(figure, curve: Curve, alone: bool) -> None:
     )
 
 
+def add_milestones(figure, diagram: Diagram) -> None:
+    """The losses that others published, each where a run has trained on as many tokens."""
+    from plotly.graph_objects import Scatter
+
+    if not diagram.milestones:
+        return
+    figure.add_trace(
+        Scatter(
+            x=[milestone.step for milestone in diagram.milestones],
+            y=[milestone.loss for milestone in diagram.milestones],
+            customdata=[format_count(milestone.tokens) for milestone in diagram.milestones],
+            hovertemplate="published at %{customdata} tokens: %{y:.5g}<extra></extra>",
+            mode="markers",
+            marker={"symbol": "star", "size": 10, "color": "grey"},
+        )
+    )
+
+
 def results(runs: Sequence[RunRecord]) -> str:
     """How far each run is, its last and best validation, its time and speed; and what to compare the losses with."""
     lines = [
@@ -202,6 +226,13 @@ def results(runs: Sequence[RunRecord]) -> str:
     if baselines := reference_losses(runs):
         known = "; ".join(f"{loss:.4g} {html.escape(name)}" for loss, name in baselines)
         text += f"<p>To compare with, on the same validation text: {known}.</p>"
+    reached = [
+        f"<li>{html.escape(run.name)}, step {row['step']:,}, validation loss {row['loss']:.4f}; {words}</li>"
+        for run in runs
+        for row, words in comparisons(run.recipe.get("milestones"), run.validation)
+    ]
+    if reached:
+        text += f"<p>Beside published losses ({CAVEAT}):</p><ul>{''.join(reached)}</ul>"
     return text
 
 

@@ -13,10 +13,9 @@ MARK_COLORS = {"resumed": "#ff7f0e", "micro-batch": "#9467bd"}
 
 OPENWEBTEXT = "skylion007/openwebtext"
 
-# Validation losses on it of GPT-2 small (124 M), as published: at the end of a training, and by tokens seen.
+# Validation losses on it of GPT-2 small (124 M), as published, at the end of a training.
 PUBLISHED_LOSSES = ((3.12, "GPT-2 124 M of OpenAI, zero-shot (nanoGPT)"), (2.85, "nanoGPT, about 295 B tokens"))
-REFERENCE_POINTS = ((5e9, 3.193), (20e9, 3.024), (50e9, 2.885))
-REFERENCE_POINTS_NAME = "AdamW 6e-4, batch 480 (MARS)"
+MILESTONES_NAME = "published at these tokens (milestones)"
 
 SMOOTHED_POINTS = 100  # a curve of more points than this is drawn with its running mean
 LABELLED_CURVES = 12  # more numbers than this do not fit beside a panel
@@ -94,6 +93,15 @@ class Note:
     text: str
 
 
+@dataclass(frozen=True, order=True)
+class Milestone:
+    """A loss that others published, at the step at which a run has trained on as many tokens."""
+
+    step: float
+    loss: float
+    tokens: int
+
+
 @dataclass(frozen=True)
 class Diagram:
     """A panel filled: `low` and `high` are the ends of its axis, `end` the last step of all runs, `lines` levels
@@ -103,6 +111,7 @@ class Diagram:
     curves: list[Curve]
     beyond: list[Beyond]
     lines: list[tuple[float, str]]
+    milestones: list[Milestone]
     end: int
     low: float
     high: float
@@ -199,8 +208,10 @@ def fill(panel: Panel, runs: Sequence[RunRecord]) -> Diagram:
                 curves.append(curve)
     values = [value for curve in curves for value in curve.values]
     lines = reference_losses(runs) if panel.field == "ce_loss" else []
+    milestones = reached_milestones(runs) if panel.field == "ce_loss" else []
+    levels = [loss for loss, _ in lines] + [milestone.loss for milestone in milestones]
     end = max(1, last_step(runs))
-    return Diagram(panel, curves, beyond, lines, end, *axis(panel, values, [loss for loss, _ in lines]))
+    return Diagram(panel, curves, beyond, lines, milestones, end, *axis(panel, values, levels))
 
 
 def make_curve(
@@ -292,6 +303,16 @@ def reference_losses(runs: Sequence[RunRecord]) -> list[tuple[float, str]]:
     if baselines and len({run.plan.get("store") for run in runs}) == 1:
         lines += [(baselines[name], f"{name} model") for name in ("unigram", "bigram")]
     return lines
+
+
+def reached_milestones(runs: Sequence[RunRecord]) -> list[Milestone]:
+    """The milestones of all runs' recipes up to the last step of any: those of two recipes with one batch coincide."""
+    found = {
+        Milestone(tokens / run.plan["tokens_per_step"], loss, tokens)
+        for run in runs
+        for tokens, loss in (run.recipe.get("milestones") or {}).items()  # older recipes have no such key
+    }
+    return sorted(milestone for milestone in found if milestone.step <= last_step(runs))
 
 
 def by_difference(runs: Sequence[RunRecord]) -> list[RunRecord]:

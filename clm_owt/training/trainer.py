@@ -26,6 +26,7 @@ from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.planning.devices import Hardware
 from clm_owt.planning.plan import Plan, is_due
 from clm_owt.recipe import Recipe
+from clm_owt.reports import milestones
 from clm_owt.state import TrainState
 from clm_owt.stopping import Stopped, StopRequest
 from clm_owt.tracking.run_log import RunLog
@@ -380,6 +381,7 @@ class Trainer:
         loss, best = statistics.loss, state.best_validation_loss
         state.validation_loss = loss
         state.best_validation_loss = loss if best is None else min(best, loss)
+        validated_tokens = state.validated_step * self.tokens_per_step
         state.validated_step = state.step
         row = {
             "step": state.step,
@@ -389,7 +391,10 @@ class Trainer:
             "elapsed_seconds": round(self.elapsed(), 2),
         }
         self.log.validation_row(row)
-        self.log.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {row['perplexity']:,.2f}")
+        reached = milestones.passed(recipe.milestones, validated_tokens, state.tokens)
+        words = [f"step {state.step}: validation loss {loss:.4f}, perplexity {row['perplexity']:,.2f}"]
+        words += [milestones.compare(tokens, published, loss) for tokens, published in reached.items()]
+        self.log.say("; ".join(words))
 
     def write_samples(self) -> None:
         """Continue the recipe's prompts. Each step has its own seed, so that samples of one step do not depend on

@@ -67,3 +67,12 @@ def test_the_table_of_validations_is_short_and_ends_with_the_last(folder):
     start = lines.index("| step | tokens | validation loss | perplexity |")
     steps = [int(line.split("|")[1]) for line in lines[start + 2 : start + 14]]
     assert steps == sorted(steps) and (steps[0], steps[-1]) == (0, 40)
+
+
+def test_the_card_compares_the_first_validation_that_reached_a_milestone(folder):
+    recipe = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(recipe.replace("milestones: null", "milestones: {2560: 4.75, 10240: 4}"))
+    said = "- step 10, validation loss 4.9000; published at 2.56 k tokens: 4.75, this run is 0.150 above it"
+    assert said in model_card(folder, "me/tiny", step=38).text.splitlines()
+    assert "published at 10.24 k" not in model_card(folder, "me/tiny", step=38).text
+    assert "- step 40, validation loss 4.6000; published at 10.24 k" in model_card(folder, "me/tiny", step=40).text

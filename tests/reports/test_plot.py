@@ -27,6 +27,7 @@ from clm_owt.errors import InputError
 from clm_owt.reports import curves
 from clm_owt.reports.curves import Curves, draw, save_picture
 from clm_owt.reports.page import write_page
+from clm_owt.reports.panels import MILESTONES_NAME, diagrams
 from clm_owt.reports.record import RunRecord, read_metrics
 
 PLAN = {
@@ -38,14 +39,15 @@ PLAN = {
 }
 
 
-def write_run(folder: Path, penalty_weight: float = 0.0, **plan) -> Path:
-    """The files of a run of 20,000 steps with a smooth loss."""
+def write_run(folder: Path, penalty_weight: float = 0.0, milestones: dict[int, float] | None = None, **plan) -> Path:
+    """The files of a run of 20,000 steps, 10.5 billion tokens, with a smooth loss."""
     folder.mkdir()
     recipe = {
         "run_name": "its name",
         "output_dir": str(folder),
         "dataset_name": "Skylion007/openwebtext",
         "penalty_weight": penalty_weight,
+        "milestones": milestones,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "plan.json").write_text(json.dumps(PLAN | plan))
@@ -91,6 +93,26 @@ def test_the_curves_show_marks_and_references_where_they_belong(tmp_path):
     assert "sharpness penalty" not in shown
     other = draw([RunRecord.read(write_run(tmp_path / "b", 0.01, vocab_size=400))])
     assert "sharpness penalty" in texts(other) and "GPT-2 124 M" not in texts(other)
+
+
+def test_milestones_that_were_reached_are_shown_where_they_belong(tmp_path):
+    reached = RunRecord.read(write_run(tmp_path / "a", milestones={5 * 10**9: 3.193, 20 * 10**9: 3.024}))
+    figure = draw([reached])
+    assert MILESTONES_NAME in texts(figure)
+    (stars,) = [line for line in figure.axes[0].lines if line.get_marker() == "*"]
+    assert stars.get_xydata().tolist() == [[5e9 / 524288, 3.193]]
+    page = write_page([reached])
+    assert f"★ {MILESTONES_NAME}" in page and '"symbol":"star"' in page and '"customdata":["5 B"]' in page
+    assert "step 10,000, validation loss 3.0001; published at 5 B tokens: 3.193, this run is 0.193 below it" in page
+    without = RunRecord.read(write_run(tmp_path / "b", milestones={20 * 10**9: 3.024}))
+    assert MILESTONES_NAME not in texts(draw([without])) + write_page([without])
+
+
+def test_milestones_of_several_runs_are_shown_once_and_within_the_axis(tmp_path):
+    runs = [RunRecord.read(write_run(tmp_path / name, milestones={5 * 10**9: 1.5})) for name in "abc"]
+    diagram = diagrams([*runs, RunRecord.read(write_run(tmp_path / "d"))])[0]
+    assert [(milestone.tokens, milestone.loss) for milestone in diagram.milestones] == [(5 * 10**9, 1.5)]
+    assert diagram.low < 1.5
 
 
 def test_several_runs_are_named_in_the_legend(tmp_path):

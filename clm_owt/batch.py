@@ -120,34 +120,38 @@ def gradient_buckets(sizes: Sequence[int], bucket_bytes: int = GRADIENT_BUCKET_B
     return buckets
 
 
-def loss_chunk_rows(vocab_size: int, device_type: str, device_memory: int, compute_bytes: int, compiled: bool) -> int:
+def loss_chunk_rows(
+    vocab_size: int, device_type: str, device_memory: int, compute_bytes: int, logits_bytes: int, compiled: bool
+) -> int:
     """Rows of logits that the loss holds at a time. Each chunk reads the head's weight twice and its gradient once,
     and writes that: the more rows, the less this weighs, and the more memory the chunk takes. A function of the
     machine and no timing of it, so that a run is repeatable.
 
-    On CUDA what fits into 1/32 of `device_memory` bytes: compiled in bf16 8,800 rows of GPT-2's vocabulary in 80 GB,
-    where the traffic is some 3 % of the products (derived, not measured).
+    On CUDA what fits into 1/32 of `device_memory` bytes: compiled in bf16 with logits of float32, 8,800 rows of
+    GPT-2's vocabulary in 80 GB, where the traffic is some 3 % of the products (derived, not measured).
     """
-    row = loss_chunk_bytes(1, vocab_size, device_type, compute_bytes, compiled)
+    row = loss_chunk_bytes(1, vocab_size, device_type, compute_bytes, logits_bytes, compiled)
     return max(1, device_memory // 32 // row) if device_type == "cuda" else 1024
 
 
-def loss_chunk_bytes(rows: int, vocab_size: int, device_type: str, compute_bytes: int, compiled: bool) -> int:
-    """Bytes of so many rows of logits at their peak: float32, and their gradient in the type of the products. Not
-    compiled, the gradient takes the logits' place unless it is rounded (on a CPU both are in its type), and two values
-    a logit are work space for as many rows as pass through the softmax together."""
+def loss_chunk_bytes(
+    rows: int, vocab_size: int, device_type: str, compute_bytes: int, logits_bytes: int, compiled: bool
+) -> int:
+    """Bytes of so many rows of logits at their peak: themselves, and their gradient in the type of the products. Not
+    compiled, the gradient takes the logits' place where both are of one type (always on a CPU), and two values of
+    float32 a logit are work space for as many rows as pass through the softmax together."""
     if compiled:
-        return (4 + compute_bytes) * rows * padded_columns(vocab_size)
+        return (logits_bytes + compute_bytes) * rows * padded_columns(vocab_size)
     work = min(rows, softmax_rows(vocab_size, device_type))
-    logit = compute_bytes if compute_bytes == 4 or device_type == "cpu" else 4 + compute_bytes
+    logit = compute_bytes if compute_bytes == logits_bytes or device_type == "cpu" else logits_bytes + compute_bytes
     return (logit * rows + 8 * work) * vocab_size
 
 
-def softmax_traffic(penalty_type: str, penalty_top_k: int, compute_bytes: int) -> int:
+def softmax_traffic(penalty_type: str, penalty_top_k: int, compute_bytes: int, logits_bytes: int = 4) -> int:
     """Bytes that the compiled softmax of the loss moves for each logit, as counted in its code by tests/kernels: reads
-    in float32 for each of the likeliest that are set apart, for the sums and for the gradient, and the gradient that
-    is written. A cache may serve the later reads, which is not counted."""
-    return 4 * ((penalty_top_k if penalty_type == "top_k_mass" else 1) + 2) + compute_bytes
+    for each of the likeliest that are set apart, for the sums and for the gradient, and the gradient that is written.
+    A cache may serve the later reads, which is not counted."""
+    return logits_bytes * ((penalty_top_k if penalty_type == "top_k_mass" else 1) + 2) + compute_bytes
 
 
 def padded_columns(vocab_size: int) -> int:

@@ -19,6 +19,7 @@ FILE_FORMATS = ("text", "json", "csv", "parquet")
 PYTHON_DOCS = "python-docs"
 TEXT_DOCUMENTS = ("paragraph", "file")
 VALIDATION_KEYS = ("validation_share", "validation_files", "validation_documents")  # one of them is set
+LOGITS = ("float32", "compute")
 TRACKERS = ("wandb", "tensorboard", "trackio")
 
 # The prompts that samples continue unless a recipe names others.
@@ -62,7 +63,7 @@ REMOVED_KEYS = {"pad_vocab_multiple": "the loss pads the vocabulary by itself wh
 FREE_IN_A_BRANCH = frozenset(
     "branch_from init_from learning_rate embedding_learning_rate lr_schedule decay_share min_lr_ratio warmup_steps "
     "num_train_epochs max_steps expected_train_blocks weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
-    "skip_outliers penalty_type penalty_weight penalty_top_k deterministic".split()
+    "skip_outliers penalty_type penalty_weight penalty_top_k logits_dtype deterministic".split()
 )
 
 
@@ -128,6 +129,7 @@ class Recipe:
     target_memory_utilization: float = key("share of the device's memory to use", 0.85, fraction("(", "]"))
     gradient_checkpointing: bool = key("recompute activations in the backward pass", False)
     torch_compile: bool | Literal["auto"] = key("auto compiles where it pays", "auto", one_of("auto", True, False))
+    logits_dtype: str = result_key("compute: training's logits as its products, bf16", "float32", one_of(*LOGITS))
     # penalty
     penalty_type: str = result_key("sharpness penalty", "non_max_sum", one_of(*PENALTY_TYPES))
     penalty_weight: float = result_key("λ: loss = cross-entropy + λ · penalty", 0.0)
@@ -171,6 +173,10 @@ class Recipe:
             return self.max_steps
         blocks = self.expected_train_blocks or train_blocks
         return None if blocks is None else int(self.num_train_epochs * blocks / self.effective_batch_size)
+
+    def logits_bytes(self, compute_bytes: int) -> int:
+        """Of a logit in training, where products are of a type of `compute_bytes`."""
+        return compute_bytes if self.logits_dtype == "compute" else 4
 
     def schedule(self, total_steps: int) -> Schedule:
         """The learning rate of a run of that length, as a share of `learning_rate`."""

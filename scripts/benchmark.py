@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py --recipe recipes/owt_512.yaml          training steps
     python scripts/benchmark.py head --recipe recipes/owt_512.yaml     linear head and loss alone
+    python scripts/benchmark.py logits --run runs/quickstart           what it costs to round logits to bf16
     python scripts/benchmark.py save --recipe recipes/owt_512.yaml     what a checkpoint costs the training
     python scripts/benchmark.py data --recipe recipes/owt_512.yaml     from text to a store (benchmark_data.py)
     python scripts/benchmark.py gpu --recipe recipes/owt_512.yaml      where a GPU's time goes (benchmark_gpu.py)
@@ -41,9 +42,10 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from clm_owt.evaluation.windows import recipe_windows
 from clm_owt.formatting import format_bytes, markdown_table
 from clm_owt.model.gpt2 import EXPORTED_ACTIVATION, build_model, compile_blocks, model_config
-from clm_owt.model.losses import fused_linear_loss
+from clm_owt.model.losses import fused_linear_loss, softmax_and_gradient
 from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.planning.plan import flops_per_token
 from clm_owt.program import output_file, run_script
@@ -53,6 +55,7 @@ from clm_owt.state import TrainState
 from clm_owt.training.checkpoint import CheckpointWriter, copy_to_host, take_snapshot
 from clm_owt.training.launch import find_hardware
 from clm_owt.training.processes import Processes
+from clm_owt.training.trained_model import load_trained
 
 # Of the inputs of products, by precision.
 COMPUTE_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,6 +79,7 @@ def main(argv: list[str]) -> None:
     commands = {
         "step": benchmark_step,
         "head": benchmark_head,
+        "logits": benchmark_logits,
         "save": benchmark_save,
         "data": benchmark_preparation,
         "gpu": benchmark_on_gpu,
@@ -301,6 +305,35 @@ def benchmark_head(argv: list[str]) -> None:
     title = f"head and loss of {shape[0]} x {shape[1]} tokens, vocabulary {options.vocab_size}, width {recipe.n_embd}"
     flops = 6.0 * len(targets) * options.vocab_size * recipe.n_embd
     report(title, cases, products, labels.numel(), flops, accelerator, options)
+
+
+def benchmark_logits(argv: list[str]) -> None:
+    """What `logits_dtype: compute` costs under bf16: loss and gradients of a finished run's model on its validation
+    blocks with logits rounded to bf16, against the same products in float32."""
+    parser = argparse.ArgumentParser(prog="benchmark.py logits", description=benchmark_logits.__doc__)
+    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="a finished run")
+    options = parser.parse_args(argv)
+    model, tokenizer = load_trained(str(options.run), revision=None)
+    windows = recipe_windows(str(options.run / "recipe.yaml"), tokenizer, model.config.n_positions, stride=None)
+    ids = torch.stack([torch.from_numpy(block) for block, _ in windows])
+    with torch.no_grad():
+        hidden = model.transformer(ids).last_hidden_state[:, :-1].flatten(0, 1)
+    weight, targets = model.transformer.wte.weight.detach(), ids[:, 1:].flatten()
+
+    def rounding(logits: Tensor, *arguments, **settings):
+        return softmax_and_gradient(logits.bfloat16(), *arguments, **settings)
+
+    found = []
+    for softmax in (softmax_and_gradient, rounding):
+        inputs = [tensor.bfloat16().float().requires_grad_() for tensor in (hidden, weight)]
+        loss = fused_linear_loss(*inputs, targets, num_items=len(targets), softmax=softmax).loss
+        loss.backward()
+        found.append((loss.item(), *(tensor.grad for tensor in inputs)))
+    (exact, *gradients), (rounded, *others) = found
+    print(f"{len(targets):,} predictions: loss {exact:.6f}, of rounded logits {rounded - exact:+.6f}")
+    for name, gradient, other in zip(("hidden states", "head"), gradients, others, strict=True):
+        distance, least = ((g - gradient).norm() / gradient.norm() for g in (other, gradient.bfloat16()))
+        print(f"gradient of the {name}: {distance:.2%} away; its own rounding to bf16 moves it by {least:.2%}")
 
 
 def benchmark_save(argv: list[str]) -> None:

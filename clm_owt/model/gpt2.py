@@ -4,7 +4,10 @@ What is saved is an ordinary `GPT2LMHeadModel`, whatever was done to train it fa
 """
 
 import functools
+import importlib.util
 import math
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
@@ -44,6 +47,7 @@ class GPT2ForPretraining(GPT2LMHeadModel):
         self.penalty_type = "non_max_sum"
         self.penalty_weight = 0.0
         self.penalty_top_k = 5
+        self.round_logits = False  # in training alone: what validation measures is exact
         self.linear_loss = fused_linear_loss  # `compile_blocks` and `memory_trace` hand in variants of it
 
     def forward(
@@ -77,6 +81,7 @@ class GPT2ForPretraining(GPT2LMHeadModel):
             penalty_type=self.penalty_type,
             penalty_weight=self.penalty_weight,
             penalty_top_k=self.penalty_top_k,
+            round_logits=self.round_logits and self.training,
         )
 
     def _hidden_states(self, input_ids: Tensor) -> Tensor:
@@ -147,6 +152,7 @@ def build_model(recipe: Recipe, vocab_size: int, eos_token_id: int, check_weight
     model.penalty_type = recipe.penalty_type
     model.penalty_weight = recipe.penalty_weight
     model.penalty_top_k = recipe.penalty_top_k
+    model.round_logits = recipe.logits_dtype == "compute"
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model.train()
@@ -168,6 +174,8 @@ def compile_blocks(
     """
     if not is_compiled(torch_compile, device.type):
         return []
+    if backend == "inductor":
+        refuse_missing_compiler(device.type)
     left_out = []
     if any(type(module).__module__.startswith("transformer_engine") for module in model.transformer.h.modules()):
         left_out.append("torch_compile: the loss alone; Transformer Engine's layers cannot be part of a graph")
@@ -190,6 +198,21 @@ def compile_blocks(
     else:
         model.linear_loss = functools.partial(fused_linear_loss, softmax=compiled_softmax(backend))
     return left_out
+
+
+def refuse_missing_compiler(device_type: str) -> None:
+    """Raises InputError where torch.compile lacks what it calls: Triton and a C compiler on CUDA, else one of C++."""
+    variable, names = ("CC", ("gcc", "clang")) if device_type == "cuda" else ("CXX", ("g++", "clang++"))
+    missing = []
+    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
+        missing.append("triton")
+    if variable not in os.environ and not any(map(shutil.which, names)):
+        missing.append(f"a compiler ({' or '.join(names)}, or what {variable} names)")
+    if missing:
+        raise InputError(
+            f"torch_compile: needs {' and '.join(missing)}, not found here; install it, or run without, which is "
+            "slower on a GPU: --torch_compile false"
+        )
 
 
 @torch.no_grad()

@@ -60,9 +60,9 @@ class LossStatistics(NamedTuple):
 # Graphs that torch.compile may keep of one function. A step needs two of a block, one for each size of micro-batch,
 # validation two, and each size that was tried or stepped down from leaves one more. At the limit it raises.
 MOST_VARIANTS = 200
-# The compiled softmax finds each of the k likeliest of top_k_mass in a pass of its own: 74 bytes a logit for 16 of
-# them, as many as it takes in a dozen passes.
-MOST_COMPILED_TOP_K = 16
+# The compiled softmax finds each of the k likeliest of top_k_mass in a pass of its own: 66 bytes a logit for 14 of
+# them. With 16, registers no longer suffice on an A100 and an H100, and 74 bytes are as many as a dozen passes take.
+MOST_COMPILED_TOP_K = 14
 # The order of magnitude for which the compiled softmax is laid out: 8,800 rows of GPT-2's vocabulary in 80 GB.
 TYPICAL_ROWS = 8192
 
@@ -78,6 +78,7 @@ def fused_linear_loss(
     penalty_type: str = "non_max_sum",
     penalty_weight: float = 0.0,
     penalty_top_k: int = 5,
+    round_logits: bool = False,
     chunk_rows: int | None = None,
     block_rows: int | None = None,
     softmax: "Softmax | None" = None,
@@ -86,6 +87,7 @@ def fused_linear_loss(
 
     hidden [N, D] and weight [V, D] floating, targets [N] int64, -100 where a position does not count. Under autocast
     the matrix products are in its dtype; softmax, sums and the accumulation of the weight's gradient stay in float32.
+    So do the logits, unless `round_logits` (a CPU's product rounds them always).
     `num_items`, an int or a 0-d tensor, is what sums are divided by: with the number of targets of the whole step,
     micro-batches and processes simply add up. `chunk_rows` is how many rows of logits exist at a time (default: what
     suits the device). `softmax` is what is done to them, a `compiled_softmax()`; by default a dozen passes in place,
@@ -101,12 +103,18 @@ def fused_linear_loss(
     # An int stays a Python number: a tensor of it would have to be copied to the device, which waits for the copy.
     scale = 1 / (num_items.to(_statistics_dtype(dtype)) if isinstance(num_items, Tensor) else num_items)
     vocab_size = len(weight)
+    logits_dtype = dtype if round_logits else _statistics_dtype(dtype)
     chunk_rows = chunk_rows or loss_chunk_rows(
-        vocab_size, device_type, _device_memory(hidden.device), dtype.itemsize, softmax is not None
+        vocab_size,
+        device_type,
+        _device_memory(hidden.device),
+        compute_bytes=dtype.itemsize,
+        logits_bytes=logits_dtype.itemsize,
+        compiled=softmax is not None,
     )
     chunk_rows = min(chunk_rows, len(hidden))
     softmax = softmax or _InPlaceSoftmax(chunk_rows, vocab_size, block_rows or softmax_rows(vocab_size, device_type))
-    arguments = (hidden, weight, targets, scale, penalty, chunk_rows, dtype, softmax)
+    arguments = (hidden, weight, targets, scale, penalty, chunk_rows, dtype, logits_dtype, softmax)
     with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
             return LossStatistics(*_FusedLinearLoss.apply(*arguments))
@@ -179,11 +187,11 @@ class _FusedLinearLoss(torch.autograd.Function):
         # device, and the product is some 0.1 ms.
         unchanged = grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
         grads = [g if g is None or unchanged else (g * grad_loss).to(g.dtype) for g in ctx.saved_tensors]
-        return *grads, *[None] * 6
+        return *grads, *[None] * 7
 
 
 def _loss_and_gradients(
-    hidden, weight, targets, scale, penalty, chunk_rows, dtype, softmax, *, want_hidden, want_weight
+    hidden, weight, targets, scale, penalty, chunk_rows, dtype, logits_dtype, softmax, *, want_hidden, want_weight
 ):
     """The statistics, and the gradients of the loss by hidden and weight where wanted, else None."""
     device, exact = hidden.device, _statistics_dtype(dtype)
@@ -191,7 +199,7 @@ def _loss_and_gradients(
     vocab_size = len(weight)
     # Chunks of about one size: a short last one would read and write the whole weight for little.
     chunk_rows = -(-N // -(-N // chunk_rows))
-    inputs, logits_dtype = hidden.to(dtype), exact
+    inputs = hidden.to(dtype)
     if isinstance(softmax, _InPlaceSoftmax):
         if not _keeps_accumulator(device):
             logits_dtype = dtype  # as the product rounds them; float32 is needed for one block at a time
@@ -274,6 +282,7 @@ def _statistics(penalty: _Penalty, target_s, total, rest, outside, mean_s) -> Te
 def softmax_and_gradient(z, target, scale, *, penalty, vocab_size, gradient_dtype):
     """A `Softmax` as a function without side effects. Compiled for CUDA it is one kernel, which reads a logit k + 2
     times and writes its gradient once: `batch.softmax_traffic`. (`tests/kernels` holds it to that.)"""
+    z = z.to(_statistics_dtype(z.dtype))  # in registers
     ids = torch.arange(z.shape[1], dtype=torch.int32, device=z.device)
     inside = ids < vocab_size
     others, top_z, top = inside, [], []

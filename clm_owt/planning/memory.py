@@ -49,10 +49,12 @@ def step_memory(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Har
         dropped = hardware.sharded and hardware.mixed_precision == "bf16"
         kept += head // 2 + 2 * 12 * width * width * (min(layers, 2) if dropped else layers)
     compiled = is_compiled(recipe.torch_compile, hardware.device_type)
-    chunks = -(-tokens // loss_chunk_rows(vocab_size, hardware.device_type, hardware.memory, compute, compiled))
+    logits = recipe.logits_bytes(compute)
+    chunk_rows = loss_chunk_rows(vocab_size, hardware.device_type, hardware.memory, compute, logits, compiled)
+    chunks = -(-tokens // chunk_rows)
     rows = -(-tokens // chunks)
     gradients = stream + head + (head // 2 if compute == 2 and hardware.device_type == "cpu" else 0)
-    loss = loss_chunk_bytes(rows, vocab_size, hardware.device_type, compute, compiled) + gradients
+    loss = loss_chunk_bytes(rows, vocab_size, hardware.device_type, compute, logits, compiled) + gradients
     parts = {
         "weights": weights,
         "gradients": 0,

@@ -34,7 +34,7 @@ class Shares:
     link: float = 0.80
 
 
-HOPPER = Shares(products=0.55, attention=0.18)
+HOPPER = Shares(products=0.55, attention=0.25)
 WITHOUT_FLASH_ATTENTION = Shares(products=0.37, attention=0.19)
 SHARES = {
     **dict.fromkeys(("h100", "h100-pcie", "h200", "b200"), HOPPER),
@@ -80,9 +80,9 @@ FLOAT32 = Work(72, 156, ends=86, logit=48, matrix=12, embedding=36, chunk=0)
 
 # What would make it faster, one on top of the other, by what it does to the counts.
 IMPROVEMENTS = {
+    "logits in bf16, `logits_dtype: compute`: 8 bytes for 14": {"logit": softmax_traffic("non_max_sum", 1, 2, 2)},
     "matrices rounded once a step: 6 bytes a parameter and micro-batch less": {"matrix": 18, "embedding": 36},
     "the residual stream in bf16, as llm.c has it: 90 bytes for 148": {"forward_pass": 32, "backward_pass": 58},
-    "logits in bf16: 8 bytes for 14": {"logit": 8},
     "GELU inside the products, forward and backward: 40 bytes less": {"forward_pass": 16, "backward_pass": 34},
 }
 
@@ -90,14 +90,18 @@ ASSUMPTIONS = (
     (
         "products, share of the peak",
         "72 %; 55 % on H100 and later; 37 % on T4 and V100",
-        "with 72 and 55 % llm.c's rates on A100 and H100 follow from its own bytes (below); T4: 24 of 65 TFLOP/s that "
-        "cuBLAS keeps up within 70 W (NVIDIA's forum, 264462); other devices are assumed like these",
+        "with 72 % llm.c's rate on A100 follows from its own bytes (below); H100: assumed, llm.c's rate there would "
+        "follow with 48 % where its attention is cuDNN's, with 52 % where it is FlashAttention-2's; T4: 24 of 65 "
+        "TFLOP/s that cuBLAS keeps up within 70 W (NVIDIA's forum, 264462); other devices are assumed like these",
     ),
     (
         "attention, share of the peak",
-        "38 %; 18 % on H100 and later; 19 % on T4 and V100",
+        "38 %; 25 % on H100 and later; 19 % on T4 and V100",
         "FlashAttention-2, figure 4, read off: 119 of 312 TFLOP/s on A100 (causal, heads of 64, 1k tokens, both "
-        "ways); H100: that times 335/225, the paper's best rates; without a flash kernel half, assumed",
+        "ways); H100: that times 335/225, the paper's best rates, and times 1.40, by which cuDNN's kernel, torch's "
+        "choice there since 2.11 (transformers, pull request 48163), is faster (FlashAttention-3, figures 5 and 6, "
+        "heads of 64, 1k tokens: 373 and 348 TFLOP/s forward and backward for 306 and 238); without a flash kernel "
+        "half, assumed",
     ),
     ("memory, share of its rate", "85 %", "assumed: what copies of large tensors reach"),
     (
@@ -131,7 +135,8 @@ def work_of(recipe: Recipe, hardware: Hardware) -> Work:
         return FLOAT32
     if not is_compiled(recipe.torch_compile, hardware.device_type):
         return EAGER
-    logit = softmax_traffic(recipe.penalty_type, recipe.penalty_top_k, hardware.compute_bytes)
+    compute = hardware.compute_bytes
+    logit = softmax_traffic(recipe.penalty_type, recipe.penalty_top_k, compute, recipe.logits_bytes(compute))
     return dataclasses.replace(COMPILED, logit=logit)
 
 
@@ -150,7 +155,10 @@ def step_parts(
     parameters = sum(kinds.values())
     columns = -(-vocab_size // 64) * 64
     compiled = is_compiled(recipe.torch_compile, hardware.device_type)
-    chunk_rows = loss_chunk_rows(vocab_size, hardware.device_type, hardware.memory, hardware.compute_bytes, compiled)
+    compute = hardware.compute_bytes
+    chunk_rows = loss_chunk_rows(
+        vocab_size, hardware.device_type, hardware.memory, compute, recipe.logits_bytes(compute), compiled
+    )
     chunks = -(-min(micro_batch, blocks) * length // chunk_rows)
     passes = work.forward_pass * (1 + again) + work.backward_pass
     weights = work.matrix * kinds["matrix"] + (work.embedding + work.chunk * (chunks - 1)) * kinds["embedding"]

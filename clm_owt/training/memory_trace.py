@@ -102,14 +102,15 @@ def trace_layers(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Ha
     """As `trace_step`, with all layers. The operations are those of a CPU; the loss is cut as on `hardware`."""
     tracker = LiveStorages()
     device_type, compute_bytes = hardware.device_type, hardware.compute_bytes
-    compiled = is_compiled(recipe.torch_compile, device_type)
+    compiled, logits_bytes = is_compiled(recipe.torch_compile, device_type), recipe.logits_bytes(compute_bytes)
+    chunk_rows = loss_chunk_rows(vocab_size, device_type, hardware.memory, compute_bytes, logits_bytes, compiled)
 
     def loss(*arguments, **settings):
         with tracker.creating("loss"):
             return fused_linear_loss(
                 *arguments,
                 **settings,
-                chunk_rows=loss_chunk_rows(vocab_size, device_type, hardware.memory, compute_bytes, compiled),
+                chunk_rows=chunk_rows,
                 block_rows=softmax_rows(vocab_size, device_type),
                 softmax=outputs_of_one_kernel if compiled else None,
             )

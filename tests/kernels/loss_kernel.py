@@ -1,6 +1,6 @@
 """The CUDA code of the loss's compiled softmax, written out by Inductor without a GPU, and what it takes.
 
-    python tests/kernels/loss_kernel.py a100 non_max_sum neg_entropy     one JSON object a line
+    python tests/kernels/loss_kernel.py a100 float32 neg_entropy top_k_mass=14     one JSON object a line
 
 Needs triton and g++ beside the CPU build of torch. A process of its own for each device: fake_cuda replaces internals.
 """
@@ -43,7 +43,7 @@ def lower(graph, arguments, codes):
     return graph
 
 
-def written_out(penalty_type: str, gradient_dtype: torch.dtype | None = torch.bfloat16) -> list[str]:
+def written_out(penalty_type: str, top_k: int, logits_dtype: torch.dtype) -> list[str]:
     """Inductor's programs, one a graph."""
     codes: list[str] = []
     inference = functools.partial(lower, codes=codes)
@@ -53,10 +53,10 @@ def written_out(penalty_type: str, gradient_dtype: torch.dtype | None = torch.bf
     )  # fmt: skip
     softmax = compiled_softmax(backend)
     with FakeTensorMode(), torch.no_grad():
-        z = torch.empty(ROWS, padded_columns(VOCABULARY), device="cuda")
+        z = torch.empty(ROWS, padded_columns(VOCABULARY), dtype=logits_dtype, device="cuda")
         target, scale = torch.empty(ROWS, 1, dtype=torch.int64, device="cuda"), torch.empty(ROWS, 1, device="cuda")
-        penalty = _penalty(penalty_type, 0.01, 5)
-        softmax(z, target, scale, penalty=penalty, vocab_size=VOCABULARY, gradient_dtype=gradient_dtype)
+        penalty = _penalty(penalty_type, 0.01, top_k)
+        softmax(z, target, scale, penalty=penalty, vocab_size=VOCABULARY, gradient_dtype=torch.bfloat16)
     return codes
 
 
@@ -81,8 +81,8 @@ def bytes_a_logit(source: str) -> int:
 
 
 def resources(name: str, source: str) -> list[dict[str, object]]:
-    """Of each configuration that would be tried on the device: registers and spilled bytes of a thread, and how memory
-    is read and written."""
+    """Of each configuration that would be tried on the device: registers and spilled bytes of a thread (these are on
+    its stack), and how memory is read and written."""
     from torch._inductor.codecache import PyCodeCache
 
     tuner = getattr(PyCodeCache.load(source), name)
@@ -93,13 +93,14 @@ def resources(name: str, source: str) -> list[dict[str, object]]:
         file = pathlib.Path(tempfile.mkdtemp()) / "kernel.cubin"
         file.write_bytes(compiled["cubin"])
         usage = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True).stdout
-        registers, _, _, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage).groups())
+        pattern = r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
+        registers, stack, local = map(int, re.search(pattern, usage).groups())
         accesses = sorted(set(re.findall(r"\b((?:ld|st)\.global[\w.:]*)", compiled["ptx"])))
-        found.append({"registers": registers, "spilled": local, "accesses": accesses, "config": str(config)})
+        found.append({"registers": registers, "spilled": stack + local, "accesses": accesses, "config": str(config)})
     return found
 
 
-def main(device: str, *penalties: str) -> None:
+def main(device: str, logits: str, *penalties: str) -> None:
     import torch._inductor.config
     from torch._inductor.runtime import triton_helpers
 
@@ -108,12 +109,14 @@ def main(device: str, *penalties: str) -> None:
     torch._inductor.config.use_static_cuda_launcher = False
     triton_helpers.set_driver_to_gpu = lambda: None
     for penalty in penalties:
-        codes = written_out(penalty)
+        penalty_type, _, top_k = penalty.partition("=")
+        codes = written_out(penalty_type, int(top_k or 5), getattr(torch, logits))
         found = [kernel for code in codes for kernel in kernels(code)]
         print(
             json.dumps(
                 {
                     "device": device,
+                    "logits": logits,
                     "penalty": penalty,
                     "graphs": len(codes),
                     "calls": sum(len(calls(code)) for code in codes),

@@ -1,14 +1,16 @@
 """What of a step runs compiled, counted by a backend that compiles nothing."""
 
 import functools
+import importlib.util
 
 import pytest
 import torch
 from model.test_gpt2 import T, blocks, build, gradients, relative_error, without_key_bias
 
+from clm_owt.errors import InputError
 from clm_owt.model import gpt2
 from clm_owt.model.fp8 import conv1d_to_linear
-from clm_owt.model.gpt2 import compile_blocks
+from clm_owt.model.gpt2 import compile_blocks, refuse_missing_compiler
 
 LAYERS = 3
 
@@ -111,7 +113,7 @@ def test_what_would_run_uncompiled_is_an_error(compiled, monkeypatch):
 def test_a_penalty_with_too_many_likeliest_tokens_is_named_as_not_compiled(compiled):
     model, counting = compiled(penalty_type="top_k_mass", penalty_top_k=40, penalty_weight=0.1)
     [line] = compile_blocks(model, True, torch.device("cpu"), counting)
-    assert line.startswith("torch_compile: the blocks alone; with penalty_top_k 40 (above 16)")
+    assert line.startswith("torch_compile: the blocks alone; with penalty_top_k 40 (above 14)")
     micro_batch(model, 2)
     assert counting.runs == LAYERS
 
@@ -131,7 +133,29 @@ def test_blocks_are_compiled_where_it_pays_and_keep_their_names():
     for torch_compile, device, compiled in (("auto", "cpu", False), ("auto", "cuda", True), (True, "cpu", True)):
         model = build()
         names = set(model.state_dict())
-        compile_blocks(model, torch_compile, torch.device(device))
+        compile_blocks(model, torch_compile, torch.device(device), Counting())
         assert {"forward" in vars(block) for block in model.transformer.h} == {compiled}
         assert isinstance(model.linear_loss, functools.partial) == compiled
         assert set(model.state_dict()) == names
+
+
+def test_a_missing_compiler_is_named_before_anything_is_compiled(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(InputError, match=r"torch_compile: needs a compiler \(g\+\+ or clang\+\+, or what CXX names\)"):
+        compile_blocks(build(), True, torch.device("cpu"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"needs triton and a compiler \(gcc or clang, .*--torch_compile false"):
+        compile_blocks(build(), "auto", torch.device("cuda"))
+    monkeypatch.setenv("CXX", "/opt/bin/c++")
+    refuse_missing_compiler("cpu")
+
+
+def test_training_rounds_logits_where_the_recipe_says_so_and_validation_never():
+    for logits_dtype, expected in (("float32", [False, False]), ("compute", [True, False])):
+        model, seen = build(logits_dtype=logits_dtype), []
+        model.linear_loss = lambda *_, round_logits, seen=seen, **__: seen.append(round_logits)
+        for training in (True, False):
+            model.train(training)
+            model(blocks(1), labels=blocks(1))
+        assert seen == expected

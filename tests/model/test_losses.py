@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clm_owt.model.losses import (
@@ -290,6 +291,22 @@ def test_nothing_reads_a_tensor_of_the_device():
             fused_linear_loss, hidden, weight, targets, num_items=num_items, penalty_type=penalty_type, chunk_rows=16
         )
         assert grad_weight.shape == weight.shape
+
+
+@pytest.mark.parametrize(("round_logits", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_logits_are_rounded_where_that_is_asked_for(round_logits, dtype):
+    hidden, weight, targets = random_inputs(dtype=torch.bfloat16)
+    seen = []
+
+    def watched(logits, *arguments, **settings):
+        seen.append(logits.clone())
+        return softmax_and_gradient(logits, *arguments, **settings)
+
+    loss = fused_linear_loss(hidden, weight, targets, num_items=32, round_logits=round_logits, softmax=watched).loss
+    logits = F.pad((hidden.float() @ weight.float().T), (0, 256 - V)).to(dtype)
+    assert [z.dtype for z in seen] == [dtype]
+    torch.testing.assert_close(seen[0], logits, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(loss, F.cross_entropy(seen[0][:, :V].float(), targets, reduction="sum") / 32)
 
 
 @pytest.mark.slow  # compiles for a minute

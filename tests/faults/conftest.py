@@ -11,8 +11,8 @@ if sys.platform != "linux":
 
 
 @pytest.fixture(scope="session")
-def _bench(warm, tmp_path_factory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("bench"), warm)
+def _bench(warm, tmp_path_factory, pytestconfig) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"), warm, pytestconfig.getoption("optimizer"))
 
 
 @pytest.fixture

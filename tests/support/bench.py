@@ -44,11 +44,11 @@ CHANGES = {
 class Bench:
     """Runs of the recipe, each in a folder of its own, its `home`."""
 
-    def __init__(self, folder: Path, warm: WarmStart):
+    def __init__(self, folder: Path, warm: WarmStart, optimizer: str):
         self.folder, self.warm = folder, warm
         self.cache = folder / "cache"
         data = write_json_lines(folder / "documents.jsonl", english_documents()[900:943])
-        self.recipe = write_tiny_recipe(folder, str(data), self.cache, "small", **CHANGES)
+        self.recipe = write_tiny_recipe(folder, str(data), self.cache, "small", optimizer=optimizer, **CHANGES)
         self.reference = self.undisturbed("reference", 1)  # builds the store
         rows = read_metrics(self.run_of(self.reference) / "metrics.jsonl")
         assert max(row.get("epoch", 0) for row in rows) > 1, "the run crosses no epoch boundary"

@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from clm_owt.optimizers import OPTIMIZERS
+
 
 def pytest_addoption(parser) -> None:
     group = parser.getgroup("faults")
     group.addoption("--seed", type=int, default=6, help="of the instants and places that faults are drawn for")
+    # A run with Muon has the state of AdamW as well, for all but the matrices.
+    group.addoption("--optimizer", choices=OPTIMIZERS, default="muon", help="of the disturbed runs (default: muon)")
     group.addoption("--faults-table", metavar="PATH", type=Path, help="write the table of faults there too")
 
 

@@ -31,6 +31,7 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
         from clm_owt.data import builder, order, reachability, sources, token_store, tokenizer_files
         from clm_owt.model import fp8, gpt2
         from clm_owt.planning import plan
+        from clm_owt.remote import checkpoints as remote
         from clm_owt.tracking.run_log import RunLog
         from clm_owt.training import launch, micro_batch_search, processes, run_folder, trainer
 
@@ -40,7 +41,7 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
         group = stack.enter_context((processes_class or processes.Processes)(accelerator))
         hardware = launch.find_hardware(accelerator, group)
 
-        existing = group.on_main(run_folder.open_existing_run, recipe, plan_only, stack)
+        existing = group.on_main(run_folder.open_existing_run, recipe, plan_only, stack, remote.fetch_newer)
         if existing.finished and not plan_only:
             return group.say(*group.on_main(run_folder.summarize, folder))
         stop.reached = existing.reached
@@ -53,7 +54,7 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
             group.say(f"Data and tokenizer are not looked at ({reason}): the plan is of the recipe alone")
             return group.say(found.summary(), *plan.plan_lines(the_plan, recipe, not_looked_at=True))
         if not plan_only:
-            group.say(*group.on_main(hub.check_repository, recipe))
+            group.say(*group.on_main(hub.check_repository, recipe), *group.on_main(remote.check_places, recipe))
 
         # Data: one builder a machine writes the token store, every process reads it.
         source = group.on_main(sources.resolve_source, existing.pin_data(recipe))
@@ -84,11 +85,12 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
         # Training, from the start or from where it was.
         log = stack.enter_context(RunLog(recipe, the_plan.total_steps, group.is_main))
         uploads = hub.HubUploads(recipe, model, tokenizer, the_plan.total_steps, group.is_main, log.say)
+        kept = stack.enter_context(remote.RemoteCheckpoints(recipe, group.is_main, log.say))
         blocks = order.TrainingBlocks(store, seed=recipe.seed, check=check)
         training = (trainer_class or trainer.Trainer)(
             recipe, the_plan, model=model, tokenizer=tokenizer, store=store, blocks=blocks, hardware=hardware,
             accelerator=accelerator, processes=group, stop=stop, log=log, existing=existing, found=found,
-            on_saved=uploads.saved, after_row=check.print_new_lines,
+            on_saved=[kept.saved, uploads.saved], after_row=check.print_new_lines,
         )  # fmt: skip
         log.start(training.state, config=recipe.to_dict() | the_plan.to_dict())
         with stop.between_steps():

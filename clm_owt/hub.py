@@ -53,12 +53,24 @@ def check_repository(recipe: Recipe) -> list[str]:
         return []
     prepare_client()
     try:
-        ensure_repository(HfApi(), repo_id, recipe.hub_private_repo)
+        private = is_private(recipe.hub_private_repo, recipe.hub_strategy)
+        full_id = ensure_repository(HfApi(), repo_id, private)
+        if private != recipe.hub_private_repo:
+            is_now = "private" if HfApi().repo_info(full_id).private else "public, and its checkpoints with it"
+            return [
+                f"{full_id} is {is_now}; hub_strategy checkpoint creates it private unless hub_private_repo says more"
+            ]
     except Exception as error:
         if will_not_pass(error):
             raise InputError(f"hub_model_id: {repo_id}: {explain(error)}; or set push_to_hub: false") from error
         return [f"The Hub cannot be asked about {repo_id} ({explain(error)}): the run goes on, and uploads later"]
     return []
+
+
+def is_private(hub_private_repo: bool | None, hub_strategy: str) -> bool | None:
+    """Whether a repository is to be created as private (None: as the user's account has it): what only continues a
+    run is for nobody else, unless the recipe says so."""
+    return True if hub_private_repo is None and hub_strategy == "checkpoint" else hub_private_repo
 
 
 def ensure_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
@@ -135,7 +147,8 @@ def push(run: Path, repo_id: str | None, private: bool | None) -> str:
     repo_id = repo_id or recipe["hub_model_id"]
     if not repo_id:
         raise InputError(f"{run}: its recipe has no hub_model_id; give one: --hub_model_id me/gpt2-owt")
-    private = recipe["hub_private_repo"] if private is None else private
+    if private is None:
+        private = is_private(recipe["hub_private_repo"], recipe["hub_strategy"])
     prepare_client()
     staged = sorted(path for path in (run / "hub").glob("step-*") if not path.name.endswith(".partial"))
     if (run / "model").exists():
@@ -187,7 +200,7 @@ class HubUploads:
         """Upload a checkpoint that was just written, where the recipe says so. Called beside the training, by the
         thread that writes checkpoints; what goes wrong is printed, and changes nothing."""
         step = step_of(checkpoint)
-        if not self._active or self._recipe.hub_strategy != "every_save" or step == self._total_steps:
+        if not self._active or self._recipe.hub_strategy == "end" or step == self._total_steps:
             return
         try:
             weights = load_file(checkpoint / "model.safetensors")
@@ -215,7 +228,7 @@ class HubUploads:
 
     def _upload(self, folder: Path) -> str:
         recipe = self._recipe
-        upload(folder, recipe.hub_model_id, recipe.hub_private_repo)
+        upload(folder, recipe.hub_model_id, is_private(recipe.hub_private_repo, recipe.hub_strategy))
         return f"Uploaded step {step_of(folder):,} to {recipe.hub_model_id}, revision {folder.name}"
 
     def _failed(self, folder: Path, error: Exception) -> tuple[str, bool]:

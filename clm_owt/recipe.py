@@ -158,8 +158,13 @@ class Recipe:
     wandb_project: str = key("project of the trackers", "clm_owt")
     push_to_hub: bool = key("upload the model", False)
     hub_model_id: str | None = key("repository to upload to", None)
-    hub_private_repo: bool | None = key("create the repository as private", None)
-    hub_strategy: str = key("when to upload", "end", one_of("end", "every_save"))
+    hub_private_repo: bool | None = key("create it as private; none: with hub_strategy checkpoint only", None)
+    hub_strategy: str = key(
+        "checkpoint: every_save, and what another machine goes on from",
+        "end",
+        one_of("end", "every_save", "checkpoint"),
+    )
+    checkpoint_mirror: str | None = key("address to go on from elsewhere: s3://me/x, any of fsspec's", None)
 
     @property
     def validation_key(self) -> str:

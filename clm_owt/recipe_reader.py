@@ -12,6 +12,7 @@ import importlib.util
 import math
 import re
 import typing
+import urllib.parse
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -488,12 +489,37 @@ def output_problems(get: Get) -> list[str]:
         problems.append(f"sample_steps: {get('sample_steps')} needs sample_prompts; give some, or sample_steps none")
     if get("push_to_hub") and not get("hub_model_id"):
         problems.append("push_to_hub: true needs hub_model_id, the repository to upload to, such as me/gpt2-owt")
+    if get("hub_strategy") == "checkpoint" and not get("push_to_hub"):
+        problems.append("hub_strategy: 'checkpoint' needs push_to_hub: true; set it, or leave hub_strategy at end")
+    if get("checkpoint_mirror"):
+        problems += mirror_problems(get("checkpoint_mirror"))
     if get("branch_from") and not Path(get("branch_from")).is_dir():
         problems.append(f"branch_from: {get('branch_from')!r} is no folder; expected a checkpoint of another run")
     resume = get("resume_from_checkpoint")
     if resume not in ("auto", "never", None) and not Path(resume).is_dir():
         problems.append(f"resume_from_checkpoint: {resume!r} is no folder; expected auto, never or a checkpoint")
     return problems
+
+
+def mirror_problems(address: str) -> list[str]:
+    """What keeps an address of fsspec from being one, as far as that can be seen without asking it."""
+    from fsspec.core import split_protocol  # which takes a tenth of a second
+    from fsspec.registry import known_implementations as known
+
+    protocol, rest = split_protocol(address)
+    if protocol and protocol not in known:
+        return [f"checkpoint_mirror: {address!r} is at no address that fsspec knows, such as s3://bucket/runs/x"]
+    user, _, server = urllib.parse.urlsplit(f"//{rest}").netloc.rpartition("@")
+    if protocol and ":" in user:
+        return [
+            f"checkpoint_mirror: {protocol}://...@{server} holds a password, which would be written to files; give it "
+            "to fsspec by its configuration or the environment"
+        ]
+    package = known[protocol]["class"].partition(".")[0] if protocol else "fsspec"
+    if importlib.util.find_spec(package) is None:
+        extra = "'clm_owt[mirror]'" if package == "s3fs" else package
+        return [f"checkpoint_mirror: {protocol}:// needs {package}; pip install {extra}"]
+    return []
 
 
 def default_run_name(path: Path | None, file_values: dict[str, Any], values: dict[str, Any]) -> str:

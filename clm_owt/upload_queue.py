@@ -28,10 +28,10 @@ class UploadQueue:
         will_not_pass: Callable[[Exception], bool],
         say: Callable[[str], None],
         interval: float = 0.0,
-        pauses: Sequence[float] = RETRY_PAUSES,
+        pauses: Sequence[float] | None = None,
     ):
         self._upload, self._failed, self._will_not_pass, self._say = upload, failed, will_not_pass, say
-        self._interval, self._pauses = interval, pauses
+        self._interval, self._pauses = interval, RETRY_PAUSES if pauses is None else pauses
         self._changed = threading.Condition()
         self._waiting: Path | None = None
         self._closed = False

@@ -17,7 +17,15 @@ Row = dict[str, Any]
 TIMING_FIELDS = ("tokens_per_second", "mfu", "step_seconds", "data_seconds", "elapsed_seconds")
 
 # Settings that belong to the machine or the place of a run, and say nothing of the model.
-PLACES = {"data_cache_dir", "output_dir", "run_name", "resume_from_checkpoint", "report_to", "wandb_project"}
+PLACES = {
+    "data_cache_dir",
+    "output_dir",
+    "run_name",
+    "resume_from_checkpoint",
+    "report_to",
+    "wandb_project",
+    "checkpoint_mirror",
+}
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:

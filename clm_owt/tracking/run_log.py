@@ -180,7 +180,7 @@ def cut_back_samples(path: Path, state: TrainState) -> None:
     kept = []
     # As it is: a continuation may hold a carriage return, which reading as text would change.
     for line in path.read_bytes().decode("utf-8").splitlines(keepends=True):
-        if line.startswith("## Step ") and int(line.split()[2]) > state.sampled_step:
+        if line.startswith("## Step ") and (not line.endswith("\n") or int(line.split()[2]) > state.sampled_step):
             break
         kept.append(line)
     write_text(path, "".join(kept))

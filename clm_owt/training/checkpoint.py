@@ -15,7 +15,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -142,14 +142,14 @@ class CheckpointWriter:
         self,
         folder: Path,
         total_limit: int,
-        on_written: Callable[[Path], None] = lambda checkpoint: None,
+        on_written: Sequence[Callable[[Path], None]] = (),
         say: Callable[[str], None] = print_lines,
     ):
         self.folder = folder
         self.total_limit = total_limit
         self.saved_step: int | None = None  # the last that was written completely
         self.failed_in_a_row = 0
-        self._on_written = on_written  # is called in the background, before the checkpoint can be pruned
+        self._on_written = on_written  # are called in the background, before the checkpoint can be pruned
         self._say = say
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -174,7 +174,8 @@ class CheckpointWriter:
             self._say(f"Step {step:,} could not be saved ({error}); the checkpoints before it are as they were")
             return
         self.saved_step, self.failed_in_a_row = step, 0
-        self._on_written(path)
+        for call in self._on_written:
+            call(path)
         self.prune()
 
     def prune(self) -> None:

@@ -160,20 +160,21 @@ class Processes:
         return values
 
     def on_main(self, function: Callable[..., T], *arguments: object) -> T:
-        """What `function(*arguments)` gives on the main process, on every process; an InputError there ends them all,
-        and the main process prints it. It may take minutes, as a server that is asked again does: PATIENCE at most."""
-        result: T | InputError | None = None
+        """What `function(*arguments)` gives on the main process, on every process; an InputError or RunFailed there
+        ends them all, and the main process prints it. It may take minutes, as a server that is asked again does:
+        PATIENCE at most."""
+        result: T | InputError | RunFailed | None = None
         if self.is_main:
             try:
                 result = function(*arguments)
-            except InputError as error:
+            except (InputError, RunFailed) as error:
                 result = error
         if self._cpu_group is not None:
             results = [result]
             dist.broadcast_object_list(results, src=0, group=self._cpu_group)
             result = results[0]
-        if isinstance(result, InputError):
-            raise result if self.is_main else SystemExit(2)
+        if isinstance(result, (InputError, RunFailed)):
+            raise result if self.is_main else SystemExit(2 if isinstance(result, InputError) else 1)
         return result
 
     def refuse(self, message: str) -> NoReturn:

@@ -7,7 +7,7 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,13 +83,17 @@ class ExistingRun:
             )
 
 
-def open_existing_run(recipe: Recipe, plan_only: bool, stack: contextlib.ExitStack) -> ExistingRun:
-    """As `find_existing_run`, with the folder locked until `stack` ends, unless nothing is to be written to it."""
+def open_existing_run(
+    recipe: Recipe, plan_only: bool, stack: contextlib.ExitStack, fetch: Callable[[Recipe], None]
+) -> ExistingRun:
+    """As `find_existing_run`, with the folder locked until `stack` ends, unless nothing is to be written to it. Once
+    it is locked, `fetch` may put a newer checkpoint there."""
     folder = Path(recipe.output_dir)
     if plan_only:
         check_writable("output_dir", folder)
-    elif not (recipe.resume_from_checkpoint == "auto" and is_finished(folder) and not missing_model_files(folder)):
+    elif not (recipe.resume_from_checkpoint == "auto" and is_complete(folder)):
         stack.enter_context(run_lock(folder))
+        fetch(recipe)
     return find_existing_run(recipe)
 
 
@@ -149,6 +153,11 @@ def is_finished(folder: Path) -> bool:
         return "finished" in read_plan(folder)
     except InputError:
         return False
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the run in `folder` is finished, with its exported model."""
+    return is_finished(folder) and not missing_model_files(folder)
 
 
 def missing_model_files(folder: Path) -> list[str]:

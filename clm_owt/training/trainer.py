@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -72,9 +72,9 @@ class StepResult:
 class Trainer:
     """A run from where it stands to its end.
 
-    `existing` is what the run's folder held when the command began, `found` the micro-batch; `on_saved` is called with
-    each checkpoint's folder, in the background; `after_row` after each row of the metrics. The model is not wrapped;
-    under FSDP2 its parameters are sharded in place.
+    `existing` is what the run's folder held when the command began, `found` the micro-batch; `on_saved` are called
+    with each checkpoint's folder, in the background; `after_row` after each row of the metrics. The model is not
+    wrapped; under FSDP2 its parameters are sharded in place.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Trainer:
         log: RunLog,
         existing: ExistingRun,
         found: MicroBatchSearch,
-        on_saved: Callable[[Path], None] = lambda checkpoint: None,
+        on_saved: Sequence[Callable[[Path], None]] = (),
         after_row: Callable[[], None] = lambda: None,
     ):
         self.recipe = recipe

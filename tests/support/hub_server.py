@@ -2,7 +2,7 @@
 
 The clients of huggingface_hub, datasets and transformers use it as they are, through `HF_ENDPOINT` (to be set before
 they are imported, so: in a subprocess, with `HubServer.env()`). It holds what this project's commands use: model and
-dataset repositories with commits and tags on one branch, uploads (Xet switched off: LFS over plain PUT), tokens and
+dataset repositories with commits, branches and tags, uploads (Xet switched off: LFS over plain PUT), tokens and
 their rights; it goes wrong on demand, and keeps a log of the requests. Paths, headers and error codes are those that
 huggingface_hub 2.4 sends and reads.
 
@@ -116,27 +116,35 @@ def now() -> str:
 
 
 class Repository:
-    """Commits of one branch, and tags. A commit maps paths to contents; none is removed, so every revision stays."""
+    """Branches of commits, and tags. A commit maps paths to contents; one goes when its branch is squashed."""
 
-    def __init__(self, kind: str, repo_id: str):
-        self.kind, self.id = kind, repo_id
+    def __init__(self, kind: str, repo_id: str, private: bool = False):
+        self.kind, self.id, self.private = kind, repo_id, private
         self.namespace = repo_id.split("/")[0]
-        self.commits: list[Commit] = []
+        self.branches: dict[str, list[Commit]] = {"main": []}
         self.tags: dict[str, str] = {}
+
+    @property
+    def commits(self) -> list[Commit]:
+        """Of the main branch, oldest first."""
+        return self.branches["main"]
 
     @property
     def sha(self) -> str:
         return self.commits[-1].sha
 
-    def commit(self, files: dict[str, Blob], title: str) -> Commit:
+    def commit(self, files: dict[str, Blob], title: str, branch: str = "main") -> Commit:
+        commits = self.branches[branch]
         tree = "".join(f"{path} {blob.etag}\n" for path, blob in sorted(files.items()))
-        sha = git_oid("commit", f"{len(self.commits)}\n{title}\n{tree}".encode())
-        self.commits.append(Commit(sha, dict(files), now()))
-        return self.commits[-1]
+        sha = git_oid("commit", f"{len(commits)}\n{title}\n{tree}".encode())
+        commits.append(Commit(sha, dict(files), now()))
+        return commits[-1]
 
     def resolve(self, revision: str = "main") -> Commit:
-        sha = self.sha if revision == "main" else self.tags.get(revision, revision)
-        for commit in self.commits:
+        if revision in self.branches:
+            return self.branches[revision][-1]
+        sha = self.tags.get(revision, revision)
+        for commit in (commit for commits in self.branches.values() for commit in commits):
             if commit.sha == sha:
                 return commit
         raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -355,6 +363,8 @@ class HubServer:
             ("GET", api + "/tree/{revision}/{path:.+}", self._tree),
             ("POST", api + "/preupload/{revision}", self._preupload),
             ("POST", api + "/commit/{revision}", self._commit),
+            ("POST", api + "/branch/{name}", self._create_branch),
+            ("POST", api + "/super-squash/{revision}", self._super_squash),
             ("POST", api + "/tag/{name}", self._create_tag),
             ("DELETE", api + "/tag/{name}", self._delete_tag),
             ("PUT", "/storage/{sha256}", self._put_object),
@@ -453,7 +463,8 @@ class HubServer:
     def _repository(self, request: web.Request, write: bool = False) -> Repository:
         token = self._token(request)
         repository = self.repositories.get((request.match_info.get("kind", "models"), request.match_info["repo"]))
-        if repository is None:
+        hidden = repository is not None and repository.private and (not token or token.user != repository.namespace)
+        if repository is None or hidden:
             raise Refusal(404, "Repository not found", "RepoNotFound")
         if write and token is None:
             raise Refusal(401, "Invalid username or password.")
@@ -485,7 +496,7 @@ class HubServer:
             "sha": commit.sha,
             "lastModified": commit.date,
             "createdAt": repository.commits[0].date,
-            "private": False,
+            "private": repository.private,
             "gated": False,
             "disabled": False,
             "downloads": 0,
@@ -526,7 +537,8 @@ class HubServer:
 
     async def _get_object(self, request: web.Request) -> Reply:
         sha256 = request.match_info["sha256"]
-        commits = [commit for repository in self.repositories.values() for commit in repository.commits]
+        branches = [branch for repository in self.repositories.values() for branch in repository.branches.values()]
+        commits = [commit for branch in branches for commit in branch]
         for blob in (blob for commit in commits for blob in commit.files.values()):
             if blob.sha256 == sha256:
                 return Reply(blob.file, headers={"ETag": f'"{sha256}"'})
@@ -559,7 +571,7 @@ class HubServer:
         url = f"{self.url}/{'' if kind == 'model' else kind + 's/'}{repo_id}"
         if (f"{kind}s", repo_id) in self.repositories:
             raise Refusal(409, f"You already created this {kind} repo", url=url)
-        self.add_repository(repo_id, repo_type=kind)
+        self.add_repository(repo_id, repo_type=kind).private = bool(asked.get("private"))
         return Reply.json({"url": url, "name": repo_id, "id": repo_id})
 
     async def _preupload(self, request: web.Request) -> Reply:
@@ -618,11 +630,29 @@ class HubServer:
                 file = self.storage / value["oid"]
                 oid = git_oid("blob", lfs_pointer(value["oid"], file.stat().st_size))
                 files[value["path"]] = Blob(file, file.stat().st_size, oid, value["oid"])
+            elif item["key"] == "deletedFile":
+                if files.pop(value["path"], None) is None:
+                    raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
             else:
                 raise Refusal(400, f"unknown operation {item['key']}")
-        commit = repository.commit(files, title)
+        commit = repository.commit(files, title, request.match_info["revision"])
         url = f"{self.url}/{repository.id}/commit/{commit.sha}"
         return Reply.json({"success": True, "commitOid": commit.sha, "commitUrl": url, "hookOutput": ""})
+
+    async def _create_branch(self, request: web.Request) -> Reply:
+        repository, name = self._repository(request, write=True), request.match_info["name"]
+        if name in repository.branches:
+            raise Refusal(409, f"Reference already exists: {name}")
+        start = repository.resolve((await request.json()).get("startingPoint", "main"))
+        repository.branches[name] = [start]
+        return Reply.json({})
+
+    async def _super_squash(self, request: web.Request) -> Reply:
+        repository, name = self._repository(request, write=True), request.match_info["revision"]
+        head = repository.resolve(name)
+        repository.branches[name] = []
+        repository.commit(head.files, (await request.json())["message"], name)
+        return Reply.json({})
 
     async def _create_tag(self, request: web.Request) -> Reply:
         repository = self._repository(request, write=True)

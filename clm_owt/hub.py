@@ -26,7 +26,7 @@ from clm_owt.recipe import Recipe
 from clm_owt.reports.model_card import model_card
 from clm_owt.reports.record import read_metrics, read_plan, read_recipe
 from clm_owt.stopping import StopRequest
-from clm_owt.upload_queue import RETRY_PAUSES, UploadQueue
+from clm_owt.upload_queue import UploadQueue
 
 # Between the commits of a run that goes on; the Hub takes 128 an hour of a repository.
 SECONDS_BETWEEN_COMMITS = 300.0
@@ -192,9 +192,7 @@ class HubUploads:
         self._model = model
         self._tokenizer = copy.deepcopy(tokenizer)  # a tokenizer must not be used by two threads at once
         shutil.rmtree(self._run / "hub", ignore_errors=True)  # of an earlier session; newer ones follow
-        self._queue = UploadQueue(
-            "hub", self._upload, self._failed, will_not_pass, say, SECONDS_BETWEEN_COMMITS, RETRY_PAUSES
-        )
+        self._queue = UploadQueue("hub", self._upload, self._failed, will_not_pass, say, SECONDS_BETWEEN_COMMITS)
 
     def saved(self, checkpoint: Path) -> None:
         """Upload a checkpoint that was just written, where the recipe says so. Called beside the training, by the

@@ -4,7 +4,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 # Before the second and the third attempt, beside the few seconds for which clients themselves repeat some requests.
@@ -28,10 +28,9 @@ class UploadQueue:
         will_not_pass: Callable[[Exception], bool],
         say: Callable[[str], None],
         interval: float = 0.0,
-        pauses: Sequence[float] | None = None,
     ):
         self._upload, self._failed, self._will_not_pass, self._say = upload, failed, will_not_pass, say
-        self._interval, self._pauses = interval, RETRY_PAUSES if pauses is None else pauses
+        self._interval = interval
         self._changed = threading.Condition()
         self._waiting: Path | None = None
         self._closed = False
@@ -76,7 +75,7 @@ class UploadQueue:
 
     def _deliver(self, folder: Path) -> bool:
         """Upload, and again after growing pauses, until it has arrived, cannot, or a newer one waits."""
-        pauses = iter(self._pauses)
+        pauses = iter(RETRY_PAUSES)
         while True:
             try:
                 said = self._upload(folder)

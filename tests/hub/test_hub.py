@@ -13,7 +13,7 @@ import pytest
 from support.hub_server import HubServer
 from support.runs import PYTHON, ROOT, run, timeless_metrics
 
-from clm_owt import hub
+from clm_owt import hub, upload_queue
 from clm_owt.recipe import Recipe
 from clm_owt.reports.model_card import card_metadata
 from clm_owt.reports.record import read_metrics
@@ -27,8 +27,8 @@ PUSH = ["--push_to_hub", "--hub_model_id", REPO]
 # The main job with less patience than people have.
 IMPATIENT = """\
 import sys
-from clm_owt import hub, hub_client
-hub.SECONDS_BETWEEN_COMMITS, hub.RETRY_PAUSES, hub_client.TIMEOUT_SECONDS = {interval}, (0.2, 0.4, 0.8), 1.5
+from clm_owt import hub, hub_client, upload_queue
+hub.SECONDS_BETWEEN_COMMITS, upload_queue.RETRY_PAUSES, hub_client.TIMEOUT_SECONDS = {interval}, (0.2, 0.4, 0.8), 1.5
 import run_clm_owt
 run_clm_owt.main(sys.argv[1:])
 """
@@ -298,7 +298,7 @@ class Queue:
         self.begun = threading.Event()
         self._outcomes = iter(outcomes)
         monkeypatch.setattr(hub, "SECONDS_BETWEEN_COMMITS", interval)
-        monkeypatch.setattr(hub, "RETRY_PAUSES", pauses)
+        monkeypatch.setattr(upload_queue, "RETRY_PAUSES", pauses)
         monkeypatch.setattr(hub, "upload", self._upload)
         monkeypatch.setattr(hub, "stage", self._stage)
         self.folder = folder

@@ -571,7 +571,7 @@ class HubServer:
         url = f"{self.url}/{'' if kind == 'model' else kind + 's/'}{repo_id}"
         if (f"{kind}s", repo_id) in self.repositories:
             raise Refusal(409, f"You already created this {kind} repo", url=url)
-        self.add_repository(repo_id, repo_type=kind).private = bool(asked.get("private"))
+        self.add_repository(repo_id, repo_type=kind).private = asked.get("visibility") == "private"
         return Reply.json({"url": url, "name": repo_id, "id": repo_id})
 
     async def _preupload(self, request: web.Request) -> Reply:

@@ -45,6 +45,7 @@ NOT_RUN = [
     (r".*(single_gpu|multi_gpu|fsdp2|fp8_hopper|mps)\.yaml|.*--calibrate|.*benchmark.py gpu", "needs a GPU"),
     (r".*--tasks", "needs the extra [eval] and data sets from the network; `make test-tasks` runs local tasks"),
     (r"python scripts/benchmark.py data", "collects 90 MB and writes 2 GB of text, which takes many minutes"),
+    (r".*s3://", "needs a bucket; tests/faults/test_lost_disks.py has one on this machine"),
     (r".*--branch_from", "trains 4,000 steps; tests/training/test_branch.py runs such branches"),
     (r"python -m pytest", "is part of this suite"),
 ]

@@ -8,12 +8,17 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 REPORT ?= test-gpu.json
 
-.PHONY: quickstart test test-kernels test-slow test-faults test-browser test-tasks test-gpu lint format clean
+.PHONY: quickstart reproduce test test-kernels test-slow test-faults test-browser test-tasks test-gpu lint format clean
 
 # The number of threads is given, or the launcher would warn that it chose it.
 quickstart: $(VENV)/.installed
 	OMP_NUM_THREADS=$$($(BIN)/python -c 'import psutil; print(psutil.cpu_count(logical=False) or 1)') \
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml run_clm_owt.py --recipe recipes/quickstart.yaml
+
+# Runs a recorded result again, and says whether it is the same: make reproduce RECORD=NAME, and RUNS=all for every run.
+reproduce: $(VENV)/.installed
+	@test -n "$(RECORD)" || { echo "error: which of records/? make reproduce RECORD=NAME"; exit 2; }
+	$(BIN)/python scripts/record.py reproduce $(RECORD) $(if $(RUNS),--runs $(RUNS))
 
 # One thread per test process: pytest-xdist keeps the cores busy with a process each, and one more (tests/conftest.py). Tests that share a real run
 # form a group, which one of them takes.

@@ -85,3 +85,14 @@ def tiny_recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     data = write_json_lines(folder / "documents.jsonl.gz", english_documents()[:400])
     return write_tiny_recipe(folder, str(data), folder / "cache")
+
+
+@pytest.fixture(scope="session")
+def complete_run(tiny_recipe, tmp_path_factory) -> Path:
+    """The folder of a tiny run that was never interrupted, by `python run_clm_owt.py`."""
+    from support.runs import PYTHON, run
+
+    home = tmp_path_factory.mktemp("complete")
+    result = run(PYTHON, "--recipe", str(tiny_recipe), cwd=home)
+    assert result.returncode == 0, result.stderr
+    return home / "runs" / "tiny"

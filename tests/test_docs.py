@@ -36,6 +36,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 NOT_RUN = [
     (r"make (quickstart|test)$", "creates .venv and installs into it; `make test` is what runs this"),
     (r"make test-", "takes minutes to half an hour"),
+    (r"make reproduce", "trains for minutes; tests/experiments/test_records.py runs a recorded run again"),
     (r"source ", "the environment is that of the tests"),
     (r"pip install", "needs a network"),
     (r"accelerate config", "asks questions"),
@@ -243,6 +244,7 @@ EXPECTED = [
     (r".*evaluate_model.py", r"loss \d+\.\d+  perplexity"),
     (r".*sample.py(?!.* > )", "Returns the"),
     (r".*sweep.py(?!.*--dry_run)", "Best: "),
+    (r".*record.py add", "Recorded: "),
     (r".*--dry_run", "run_clm_owt.py --recipe=recipes/owt_512.yaml"),
     (r".*estimate.py(?!.*--parts)", "Memory of each device, estimated"),
     (r".*--parts", "Derived, not measured"),
@@ -307,7 +309,7 @@ def test_every_file_and_option_that_a_command_names_exists(command):
 # Files of a run, and of a dataset, that documents name by their names alone.
 NOT_IN_THE_REPOSITORY = {
     "plan.json", "recipe.yaml", "samples.md", "metrics.jsonl", "complete.json", "training_curves.png",
-    "tokenizer.json", "tokenizer_config.json", "manifest.json",
+    "tokenizer.json", "tokenizer_config.json", "manifest.json", "best.yaml", "record.yaml",
 }  # fmt: skip
 
 

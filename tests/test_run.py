@@ -4,22 +4,12 @@ import json
 import shutil
 import signal
 import socket
-from pathlib import Path
 
 import pytest
 from support.disturbances import fork_builders
-from support.runs import PYTHON, launcher, run, timeless_metrics, write_json_lines
+from support.runs import launcher, run, timeless_metrics, write_json_lines
 
 from clm_owt.training.checkpoint import checkpoints
-
-
-@pytest.fixture(scope="session")
-def complete_run(tiny_recipe, tmp_path_factory) -> Path:
-    """The folder of a tiny run that was never interrupted, by `python run_clm_owt.py`."""
-    home = tmp_path_factory.mktemp("complete")
-    result = run(PYTHON, "--recipe", str(tiny_recipe), cwd=home)
-    assert result.returncode == 0, result.stderr
-    return home / "runs" / "tiny"
 
 
 def test_one_process_under_accelerate_launch_does_the_same_bit_for_bit(complete_run, tiny_recipe, tmp_path):

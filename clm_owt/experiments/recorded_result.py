@@ -34,6 +34,9 @@ BOARD_CORES = 2
 WHOLE_METRICS_BYTES = 200_000  # a longer metrics.jsonl is thinned out
 KEPT_TRAINING_ROWS = 10  # every so many of them
 
+# Keys that say where a run was and where it was kept; in a record, and when it runs again, they have their defaults.
+NOT_RECORDED = {*PLACES, "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"}
+
 # The shipped configuration that gives these processes and this precision on a CPU.
 CPU_CONFIGS = {(1, "no"): "cpu.yaml", (1, "bf16"): "cpu_bf16.yaml", (2, "no"): "cpu_2proc.yaml"}
 
@@ -150,7 +153,7 @@ def read_finished(folder: Path) -> RunRecord:
 
 def setting_of(run: RunRecord, base: Mapping[str, Any], config: str | None) -> Setting:
     """Raises InputError where no shipped configuration is known for the run's processes and precision."""
-    own = {name: run.recipe.get(name, default_of(name)) for name in FIELDS if name not in (*PLACES, "seed")}
+    own = {name: run.recipe.get(name, default_of(name)) for name in FIELDS if name not in {*NOT_RECORDED, "seed"}}
     machine = run.plan["micro_batch_search"]["machine"]
     known = CPU_CONFIGS.get((machine["processes"], machine["mixed_precision"]))
     if config is None and (machine["device_type"] != "cpu" or known is None):
@@ -313,7 +316,8 @@ def date_of(runs: Iterable[RunRecord]) -> str:
 def copy_run(run: RunRecord, target: Path, logs: Path | None) -> None:
     """What a record keeps of a run, without the places of the machine that it ran on."""
     target.mkdir(parents=True)
-    recipe = run.recipe | {"output_dir": f"runs/{run.name}", "data_cache_dir": default_of("data_cache_dir")}
+    recipe = run.recipe | {name: default_of(name) for name in NOT_RECORDED if name in run.recipe}
+    recipe |= {"run_name": run.name, "output_dir": f"runs/{run.name}"}
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     (target / "recipe.yaml").write_text(text, encoding="utf-8")
     (target / "plan.json").write_text(json.dumps(run.plan, indent=2) + "\n", encoding="utf-8")

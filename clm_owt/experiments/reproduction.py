@@ -56,12 +56,12 @@ def run_again(run: RecordedRun, output: Path, interrupted: threading.Event) -> s
     """Run it in the folder `output`, or continue it there; gives an error, in a line or some, if it did not finish.
     What it prints goes to `output` with `.log` added."""
     processes = read_plan(run.folder)["processes"]
-    own = ["--output_dir", str(output), "--run_name", run.name, "--report_to", "none", "--push_to_hub", "false"]
-    command = ["accelerate", "launch", "--config_file", run.config, "run_clm_owt.py", "--recipe"]
+    command = ["accelerate", "launch", "--config_file", run.config, "run_clm_owt.py"]
+    command += ["--recipe", str(run.folder / "recipe.yaml"), "--output_dir", str(output)]
     output.parent.mkdir(parents=True, exist_ok=True)
     log = output.with_name(f"{output.name}.log")
     variables = launch_variables(processes, run.environment["machine"]["threads"])
-    status = execute([*command, str(run.folder / "recipe.yaml"), *own], log, variables, interrupted)
+    status = execute(command, log, variables, interrupted)
     if status == 0:
         return None
     return f"exit status {status}, see {log}\n{error_in(log.read_text(encoding='utf-8', errors='replace'))}"

@@ -93,7 +93,7 @@ def test_a_record_keeps_no_place_of_the_machine_that_it_ran_on(tmp_path):
     kept = tmp_path / "records/a/runs/a_s0"
     again = load_recipe(["--recipe", str(kept / "recipe.yaml")])
     assert (again.push_to_hub, again.hub_model_id, again.checkpoint_mirror) == (False, None, None)
-    assert setting["name"] == "the recipe as it is" and again.output_dir == "runs/a_s0"
+    assert setting["name"] == "the recipe as it is"
     assert (kept / "log.txt").read_text() == "written to runs/a_s0\nread …/notes.txt, 5 tokens/s\n"
     assert all(str(tmp_path) not in file.read_text() for file in kept.iterdir())
     assert (kept / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()

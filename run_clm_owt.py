@@ -30,7 +30,7 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
         from clm_owt import hub
         from clm_owt.data import builder, order, reachability, sources, token_store, tokenizer_files
         from clm_owt.model import fp8, gpt2
-        from clm_owt.planning import plan
+        from clm_owt.planning import disks, plan
         from clm_owt.remote import checkpoints as remote
         from clm_owt.tracking.run_log import RunLog
         from clm_owt.training import launch, micro_batch_search, processes, run_folder, trainer
@@ -74,9 +74,9 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
         found = (search or micro_batch_search.find_micro_batch)(
             model, recipe, accelerator, group, stop, hardware, known=existing.micro_batch_search, probing=not plan_only
         )
-        disks = group.on_main(plan.find_disks, store.folder, folder)
+        found_disks = group.on_main(disks.find_disks, store.folder, folder)
         data = plan.Data(**store.counts())
-        the_plan = plan.make_plan(recipe, data, len(tokenizer), found.micro_batch, hardware, *disks)
+        the_plan = plan.make_plan(recipe, data, len(tokenizer), found.micro_batch, hardware, *found_disks)
         group.say(found.summary(), *plan.plan_lines(the_plan, recipe))
         if plan_only:
             return

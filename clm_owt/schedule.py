@@ -68,3 +68,13 @@ def schedule_problems(
             "lower warmup_steps, train longer, or set allow_incomplete_warmup: true"
         ]
     return []
+
+
+def is_due(step: int, interval: int | None, total_steps: int) -> bool:
+    """Whether what is done every `interval` steps (None: never), and at the end of the run, is done after `step`."""
+    return interval is not None and (step % interval == 0 or step == total_steps)
+
+
+def times_due(total_steps: int, interval: int, at_start: bool) -> int:
+    """How often something is done that is due every `interval` steps and at the end of the run."""
+    return total_steps // interval + bool(total_steps % interval) + at_start

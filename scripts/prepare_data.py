@@ -41,7 +41,7 @@ from clm_owt.data.token_store import TokenStore
 from clm_owt.errors import InputError, RecipeError, RunFailed, exit_with
 from clm_owt.files import replacing
 from clm_owt.formatting import format_bytes, format_duration, text_table
-from clm_owt.planning.plan import block_bytes, disk_problems, find_disk
+from clm_owt.planning.disks import block_bytes, disk_problems, find_disk
 from clm_owt.recipe import Recipe, default_of
 from clm_owt.recipe_reader import load_recipe, parse_command_line
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from support.runs import ROOT
 
+from clm_owt.planning.cautions import TOKEN_LOSS_DEVIATION
 from clm_owt.planning.devices import Hardware, find_device
-from clm_owt.planning.plan import TOKEN_LOSS_DEVIATION, Data, Plan, make_plan
+from clm_owt.planning.plan import Data, Plan, make_plan
 from clm_owt.recipe import Recipe
 from clm_owt.recipe_reader import load_recipe
 

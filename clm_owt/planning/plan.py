@@ -1,45 +1,25 @@
 """What a recipe implies: steps, tokens, rates, cut of the batch, disk, memory, time. Shown before anything is paid.
 
-Pure arithmetic over the recipe and what is known of data and hardware, but for `find_disk`. What cannot run is
-refused; what will run and probably should not is warned of.
+Pure arithmetic over the recipe and what is known of data and hardware. What cannot run is refused; what will run and
+probably should not is warned of (cautions.py).
 """
 
-import dataclasses
 import math
-import os
-import shutil
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from clm_owt.batch import describe_cut
 from clm_owt.errors import InputError
 from clm_owt.formatting import format_bytes, format_duration
-from clm_owt.optimizers import OPTIMIZERS
+from clm_owt.planning import cautions
 from clm_owt.planning.devices import Hardware
+from clm_owt.planning.disks import Disk, block_bytes, disk_problems, run_folder_bytes
 from clm_owt.planning.memory import count_parameters, optimizer_bytes, step_memory
 from clm_owt.planning.step_time import SLOWEST, step_seconds
-from clm_owt.recipe import Recipe, show
-from clm_owt.schedule import schedule_problems
+from clm_owt.recipe import Recipe
+from clm_owt.schedule import schedule_problems, times_due
 
 # The guide's base for scaling rates with the batch: 6e-4 at 32 blocks.
 BASE_RATE, BASE_BATCH = 6e-4, 32
-
-# Standard deviation of a token's loss in nats, in mid-training; the mean of n tokens is good to about 3.2/sqrt(n).
-TOKEN_LOSS_DEVIATION = 3.2
-
-LONG_WARMUP = 0.10
-
-# Of 130 M parameters at 10 billion tokens, AdamW tuned for each batch (arXiv 2509.02046): so many nats more than with
-# half a million tokens a step.
-LARGE_BATCH, LARGE_BATCH_COST = 2_000_000, 0.05
-
-COARSE_VALIDATION = 0.02  # nats; runs of a sweep differ by less
-
-COSTLY_EVALUATION = 0.05
-
-BUSY_MICRO_BATCH = 8  # blocks; larger ones change little for a GPU
-
-LONG_SAVE_INTERVAL = 3600  # seconds
 
 CURVE, CURVE_WIDTH = "▁▂▃▄▅▆▇█", 32
 
@@ -52,16 +32,6 @@ class Data:
     validation_documents: int | None = None
     train_blocks: int | None = None
     validation_blocks: int | None = None
-
-
-@dataclass(frozen=True)
-class Disk:
-    """A folder of the run: bytes free on its file system, bytes of this run that are in it already."""
-
-    folder: str
-    free: int
-    present: int
-    file_system: int
 
 
 @dataclass(frozen=True)
@@ -127,21 +97,13 @@ def make_plan(
             "num_train_epochs: the number of training blocks is not known before the data has been read; "
             "give expected_train_blocks or max_steps"
         )
-    problems = schedule_problems(
-        total_steps, recipe.warmup_steps, recipe.learning_rate, recipe.allow_incomplete_warmup
-    )
-    if recipe.effective_batch_size < processes:
-        problems.append(
-            f"effective_batch_size: {recipe.effective_batch_size} blocks cannot be shared out over {processes} "
-            f"processes; raise it to {processes} or start fewer processes"
-        )
     parameters = count_parameters(recipe, vocab_size)
     blocks = data.train_blocks or recipe.expected_train_blocks
     data_bytes = None if blocks is None else (blocks + (data.validation_blocks or 0)) * block_bytes(recipe, vocab_size)
     checkpoint_bytes = 4 * parameters + optimizer_bytes(recipe, vocab_size)
     output_bytes = run_folder_bytes(recipe, parameters, checkpoint_bytes, total_steps)
-    problems += disk_problems([(data_disk, data_bytes, "data_cache_dir"), (output_disk, output_bytes, "output_dir")])
-    if problems:
+    needs = [(data_disk, data_bytes, "data_cache_dir"), (output_disk, output_bytes, "output_dir")]
+    if problems := [*step_problems(recipe, total_steps, processes), *disk_problems(needs)]:
         raise InputError("\n".join(problems))
 
     tokens_per_step = recipe.effective_batch_size * recipe.block_size
@@ -194,153 +156,30 @@ def make_plan(
         device=hardware.device.name if hardware.device else hardware.device_name,
         seconds=seconds,
         warnings=(
-            *find_warnings(recipe, data, total_steps, parameters, evaluation_share, seconds),
-            *needless_sharding(recipe, vocab_size, micro_batch, hardware),
+            *cautions.of_optimisation(recipe, total_steps, parameters),
+            *cautions.of_validation(recipe, data.validation_blocks, evaluation_share, total_steps),
+            *cautions.of_saving(recipe, seconds, total_steps),
+            *cautions.of_sharding(recipe, vocab_size, micro_batch, hardware),
         ),
     )
 
 
-def find_warnings(
-    recipe: Recipe,
-    data: Data,
-    total_steps: int,
-    parameters: int,
-    evaluation_share: float | None,
-    seconds: tuple[float, float] | None,
-) -> list[str]:
-    """What will run and probably should not, each with its numbers and what to do."""
-    warnings = []
-    warmup_share = recipe.warmup_steps / total_steps
-    if warmup_share > LONG_WARMUP:
-        usual = round(0.02 * total_steps)
-        warnings.append(
-            f"warmup_steps: {recipe.warmup_steps:,} of {total_steps:,} steps are {warmup_share:.1%} of the run, usual "
-            f"are 1-2 %; {f'lower it to {usual:,}, or ' if usual else ''}train longer"
-        )
-    tokens_per_step = recipe.effective_batch_size * recipe.block_size
-    if tokens_per_step >= LARGE_BATCH:
-        warnings.append(
-            f"effective_batch_size: {tokens_per_step:,} tokens a step; with 2 million 130 M parameters lost "
-            f"{LARGE_BATCH_COST:g} nats at 10 billion tokens against half a million (published, arXiv 2509.02046); "
-            "lower it where the machine allows"
-        )
-    rates = OPTIMIZERS[recipe.optimizer].published_rates
-    published = max((p for p in rates if p[0] <= 1.05 * parameters), default=None)
-    if published is not None and recipe.learning_rate > published[1]:
-        warnings.append(
-            f"learning_rate: {recipe.learning_rate:g} is above what is published for {recipe.optimizer} at "
-            f"{parameters / 1e6:,.0f} M parameters ({published[2]}); try {published[1]:g} and below in a sweep first "
-            "(recipes/sweeps/)"
-        )
-    key = recipe.validation_key
-    held_out = (
-        show(getattr(recipe, key)) if recipe.validation_documents is None else f"{recipe.validation_documents:,}"
+def step_problems(recipe: Recipe, total_steps: int, processes: int) -> list[str]:
+    """Why so many steps, of the recipe's batch, cannot be taken by so many processes."""
+    problems = schedule_problems(
+        total_steps, recipe.warmup_steps, recipe.learning_rate, recipe.allow_incomplete_warmup
     )
-    if data.validation_blocks:
-        tokens = data.validation_blocks * (recipe.block_size - 1)
-        error = TOKEN_LOSS_DEVIATION / math.sqrt(tokens)
-        if error > COARSE_VALIDATION:
-            times = (error / COARSE_VALIDATION) ** 2
-            mend = f"it takes {times:.2g} times as many"
-            if recipe.validation_documents is not None:
-                mend = f"raise it to {math.ceil(recipe.validation_documents * times):,}"
-            warnings.append(
-                f"{key}: {held_out} give {tokens:,} predicted tokens, and a loss good to about {error:.2g} nats; "
-                f"{mend} for {COARSE_VALIDATION:g}"
-            )
-    if evaluation_share is not None and evaluation_share > COSTLY_EVALUATION:
-        once = data.validation_blocks / 3 / recipe.effective_batch_size
-        mend = f"lower {key} ({held_out})" if key != "validation_files" else "give fewer validation_files"
-        if total_steps > recipe.eval_steps:  # else it is validated at both ends only
-            mend = f"raise eval_steps ({recipe.eval_steps:,}), or {mend}"
-        warnings.append(
-            f"eval_steps: validation costs {evaluation_share:.1%} of the training, each as much as {once:.1f} steps; "
-            f"{mend}"
+    if recipe.effective_batch_size < processes:
+        problems.append(
+            f"effective_batch_size: {recipe.effective_batch_size} blocks cannot be shared out over {processes} "
+            f"processes; raise it to {processes} or start fewer processes"
         )
-    if seconds is not None:
-        interval = seconds[0] / total_steps * min(recipe.save_steps, total_steps)
-        if interval > LONG_SAVE_INTERVAL:
-            fitting = int(recipe.save_steps * LONG_SAVE_INTERVAL / interval)
-            warnings.append(
-                f"save_steps: {recipe.save_steps:,} steps take {format_duration(interval)} at the least, as derived "
-                "for this device, and a crash loses as much; "
-                f"lower it to {max(1, fitting):,}"
-            )
-    return warnings
-
-
-def needless_sharding(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Hardware) -> list[str]:
-    """That parameters are shared out which each device could hold, with micro-batches that keep it busy."""
-    if not hardware.sharded or hardware.device_type == "cpu":
-        return []
-    size, whole = min(micro_batch, BUSY_MICRO_BATCH), dataclasses.replace(hardware, sharded=False)
-    needed = sum(step_memory(recipe, vocab_size, size, whole).values())
-    if needed > recipe.target_memory_utilization * hardware.memory:
-        return []
-    return [
-        f"FSDP2: each device could hold the whole state, an estimated {format_bytes(needed)} of "
-        f"{format_bytes(hardware.memory)} with micro-batches of {size}; accelerate_configs/multi_gpu.yaml is the same "
-        "run without gathering parameters for every micro-batch"
-    ]
-
-
-def is_due(step: int, interval: int | None, total_steps: int) -> bool:
-    """Whether what is done every `interval` steps (None: never), and at the end of the run, is done after `step`."""
-    return interval is not None and (step % interval == 0 or step == total_steps)
-
-
-def times_due(total_steps: int, interval: int, at_start: bool) -> int:
-    """How often something is done that is due every `interval` steps and at the end of the run."""
-    return total_steps // interval + bool(total_steps % interval) + at_start
+    return problems
 
 
 def flops_per_token(parameters: int, n_layer: int, n_embd: int, block_size: int) -> float:
     """Of forward and backward: 6·N + 12·L·D·T (PaLM, appendix B: the products with weights, and attention)."""
     return 6 * parameters + 12 * n_layer * n_embd * block_size
-
-
-def block_bytes(recipe: Recipe, vocab_size: int) -> int:
-    """Of a block in the token store: two bytes a token, four above 65,536 ids."""
-    return recipe.block_size * (2 if vocab_size <= 65_536 else 4)
-
-
-def run_folder_bytes(recipe: Recipe, parameters: int, checkpoint_bytes: int, total_steps: int) -> int:
-    """At its largest: the checkpoints, of which there is one more than is kept while the newest is being written, the
-    exported model, about 450 bytes of metrics a row and 5 a sampled token."""
-    rows = times_due(total_steps, recipe.logging_steps, False) + times_due(total_steps, recipe.eval_steps, True)
-    rounds = times_due(total_steps, recipe.sample_steps, True) if recipe.sample_steps else 0
-    checkpoints = min(recipe.save_total_limit + 1, times_due(total_steps, recipe.save_steps, False))
-    samples = rounds * len(recipe.sample_prompts) * recipe.sample_max_new_tokens * 5
-    return checkpoint_bytes * checkpoints + 4 * parameters + 450 * rows + samples
-
-
-def find_disks(data_folder: Path, output_folder: Path) -> tuple[Disk, Disk]:
-    """Of the token store and of the run's folder."""
-    return find_disk(data_folder), find_disk(output_folder)
-
-
-def find_disk(folder: Path) -> Disk:
-    """Of a folder that may not exist yet."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    present = sum(os.path.getsize(file) for file in folder.rglob("*") if file.is_file())
-    return Disk(str(folder), shutil.disk_usage(existing).free, present, existing.stat().st_dev)
-
-
-def disk_problems(needs: list[tuple[Disk | None, int | None, str]]) -> list[str]:
-    """What does not fit, of (disk, bytes in the end, key of the folder); folders of one file system share it."""
-    known = [(disk, max(0, size - disk.present), key) for disk, size, key in needs if disk and size is not None]
-    problems = []
-    for file_system in dict.fromkeys(disk.file_system for disk, _, _ in known):
-        here = [need for need in known if need[0].file_system == file_system]
-        needed, free = sum(size for _, size, _ in here), min(disk.free for disk, _, _ in here)
-        if needed > free:
-            parts = " and ".join(f"{format_bytes(size)} in {disk.folder} ({key})" for disk, size, key in here)
-            keys = " or ".join(key for _, _, key in here)
-            problems.append(
-                f"{keys}: the run needs another {parts}, and {format_bytes(free)} are free there; "
-                f"free some, point {keys} to a larger disk, or lower save_total_limit"
-            )
-    return problems
 
 
 def plan_lines(plan: Plan, recipe: Recipe, not_looked_at: bool = False) -> list[str]:

@@ -24,9 +24,10 @@ from clm_owt.model.losses import LossStatistics, perplexity
 from clm_owt.model.sampling import sample
 from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.planning.devices import Hardware
-from clm_owt.planning.plan import Plan, is_due
+from clm_owt.planning.plan import Plan
 from clm_owt.recipe import Recipe
 from clm_owt.reports import milestones
+from clm_owt.schedule import is_due
 from clm_owt.state import TrainState
 from clm_owt.stopping import Stopped, StopRequest
 from clm_owt.tracking.run_log import RunLog

@@ -8,11 +8,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from clm_owt.errors import InputError, RecipeError
 from clm_owt.planning.devices import DEVICES, Hardware, find_device
+from clm_owt.planning.disks import Disk, find_disk
 from clm_owt.planning.memory import count_parameters
-from clm_owt.planning.plan import Data, Disk, Plan, find_disk, make_plan, plan_lines, times_due
+from clm_owt.planning.plan import Data, Plan, make_plan, plan_lines
 from clm_owt.planning.step_time import SLOWEST, step_parts
 from clm_owt.recipe_reader import load_recipe
-from clm_owt.schedule import Schedule
+from clm_owt.schedule import Schedule, is_due, times_due
 from clm_owt.training.optim import build_schedule
 
 NOTHING_KNOWN = Data(None, None, None, None)
@@ -153,7 +154,6 @@ def test_the_planned_rate_is_the_schedules_at_every_step(warmup, total, floor):
 @pytest.mark.parametrize("total", range(1, 13))
 @pytest.mark.parametrize("interval", range(1, 13))
 def test_how_often_something_is_due_is_what_the_loop_does(total, interval):
-    from clm_owt.planning.plan import is_due
 
     steps = [step for step in range(total + 1) if is_due(step, interval, total)]
     assert times_due(total, interval, at_start=True) == len(steps)
@@ -329,7 +329,7 @@ def test_every_recipe_that_ships_is_planned_and_warns_only_of_what_its_head_says
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_differs_from_owt_512_in_what_its_name_says(path):
-    size = {"learning_rate", "warmup_steps", "eval_steps", "save_steps", "sample_steps", "logging_steps"}
+    size = {"learning_rate", "warmup_steps", "eval_steps", "save_steps", "sample_steps", "logging_steps", "milestones"}
     may_differ = {
         "owt_512": set(),
         "owt_32": size | {"effective_batch_size"},
@@ -338,7 +338,7 @@ def test_a_preset_differs_from_owt_512_in_what_its_name_says(path):
         "owt_medium": size | {"n_layer", "n_head", "n_embd"},
         "owt_large": size | {"n_layer", "n_head", "n_embd"},
         "owt_xl": size | {"n_layer", "n_head", "n_embd", "effective_batch_size"},
-        "owt_muon_512": {"optimizer", "learning_rate", "min_lr_ratio"},
+        "owt_muon_512": {"optimizer", "learning_rate", "min_lr_ratio", "milestones"},
         "owt_adamw_tuned_512": {"learning_rate", "lr_schedule", "min_lr_ratio", "adam_beta2"},
     }.get(path.stem, {"penalty_type", "penalty_weight"})
     preset, base = load_recipe(["--recipe", str(path)]).to_dict(), owt().to_dict()

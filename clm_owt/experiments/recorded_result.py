@@ -23,7 +23,7 @@ from clm_owt.files import replacing_folder
 from clm_owt.recipe import FIELDS, default_of, show
 from clm_owt.recipe_reader import load_recipe
 from clm_owt.reports.comparison import check_intervals_can_be_computed, compare
-from clm_owt.reports.record import PLACES, Row, RunRecord
+from clm_owt.reports.record import PLACES, Row, RunRecord, read_recipe
 
 # The tables of the board: the loss after so many tokens, that after so many minutes, and what did not help.
 TABLES = ("tokens", "minutes", "tried")
@@ -34,8 +34,8 @@ BOARD_CORES = 2
 WHOLE_METRICS_BYTES = 200_000  # a longer metrics.jsonl is thinned out
 KEPT_TRAINING_ROWS = 10  # every so many of them
 
-# Keys that say where a run was and where it was kept; in a record, and when it runs again, they have their defaults.
-NOT_RECORDED = {*PLACES, "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"}
+# Keys that say where a run was, began and was kept; in a record, and when it runs again, they have their defaults.
+NOT_RECORDED = {*PLACES, "branch_from", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"}
 
 # The shipped configuration that gives these processes and this precision on a CPU.
 CPU_CONFIGS = {(1, "no"): "cpu.yaml", (1, "bf16"): "cpu_bf16.yaml", (2, "no"): "cpu_2proc.yaml"}
@@ -51,7 +51,9 @@ class Setting:
 
     @property
     def name(self) -> str:
-        words = [f"{name}={show(value)}" for name, value in self.changes.items()] or ["the recipe as it is"]
+        """The changes that shape the result: settings of one name give the same runs."""
+        shaping = {name: value for name, value in self.changes.items() if FIELDS[name].metadata["shapes_result"]}
+        words = [f"{name}={show(value)}" for name, value in shaping.items()] or ["the recipe as it is"]
         if self.config != f"accelerate_configs/{CPU_CONFIGS[1, 'no']}":
             words.append(f"with {Path(self.config).name}")
         return ", ".join(words)
@@ -138,17 +140,29 @@ def record_folders(folder: Path) -> list[Path]:
 
 
 def read_finished(folder: Path) -> RunRecord:
-    """Raises InputError for a folder without a run, for one that is not finished, and for one that another run or
-    model was the start of, which no single command repeats."""
+    """Raises InputError for a folder without a run, for one that is not finished, and for one that began with the
+    weights of another run or model, and that no single command repeats."""
     run = RunRecord.read(folder)
     if "finished" not in run.plan or not run.validation:
         raise InputError(f"{folder}: the run is not finished; the same command that began it continues it")
     for name in ("branch_from", "init_from"):
-        if run.recipe.get(name):
+        if run.recipe.get(name) and not (name == "branch_from" and left_before_the_decay(run)):
             raise InputError(f"{folder}: {name} {run.recipe[name]}: the run has no beginning of its own to repeat")
     if lacking := [name for name in ("micro_batch_search", "environment", "store") if name not in run.plan]:
         raise InputError(f"{folder}: plan.json lacks {lacking[0]}: it is of an older version, or none of this program")
     return run
+
+
+def left_before_the_decay(branch: RunRecord) -> bool:
+    """Whether a branch is, to the bit, the run that its recipe gives without a trunk: it left a trunk of the same
+    settings, but for length and decay, while the rate of `wsd` was constant. Raises InputError without the trunk."""
+    trunk = read_recipe(Path(branch.recipe["branch_from"]).parent.parent)
+    may_differ = ("branch_from", "decay_share", "max_steps", "num_train_epochs")
+    shaping = [name for name, field in FIELDS.items() if field.metadata["shapes_result"] and name not in may_differ]
+    same = all(trunk.get(name, default_of(name)) == branch.recipe.get(name, default_of(name)) for name in shaping)
+    shared = range(branch.recipe["warmup_steps"] + 1, branch.plan["resumed_after"][0] + 1)
+    rates = [row["learning_rate"] for row in branch.train if row["step"] in shared]
+    return same and branch.recipe["lr_schedule"] == "wsd" and set(rates) == {branch.recipe["learning_rate"]}
 
 
 def setting_of(run: RunRecord, base: Mapping[str, Any], config: str | None) -> Setting:

@@ -138,6 +138,23 @@ def test_runs_that_make_no_record_are_refused_with_the_reason(tmp_path, plan, op
     assert not (tmp_path / "records/second").exists()
 
 
+def test_a_branch_is_recorded_where_its_recipe_gives_the_same_run_without_a_trunk(tmp_path):
+    trunk = write_run(tmp_path / "trunk", 4.0, "--lr_schedule", "wsd")
+    (checkpoint := trunk / "checkpoints/step-00000175").mkdir(parents=True)
+    leaving = ["--lr_schedule", "wsd", "--decay_share", "0.4", "--branch_from", str(checkpoint)]
+    for name, rate, recorded in (("constant", 4e-3, True), ("decaying", 3e-3, False)):
+        branch = write_run(tmp_path / name, 3.9, *leaving, resumed_after=[175])
+        with (branch / "metrics.jsonl").open("a") as file:
+            for step, learning_rate in ((100, 4e-3), (170, rate), (340, 1e-3)):
+                file.write(json.dumps({"step": step, "split": "train", "learning_rate": learning_rate}) + "\n")
+        if recorded:
+            [setting] = add(tmp_path, name, [branch])["settings"]
+            assert setting["name"] == "lr_schedule=wsd, decay_share=0.4"
+        else:
+            with pytest.raises(InputError, match="the run has no beginning of its own to repeat"):
+                add(tmp_path, name, [branch])
+
+
 def test_runs_of_different_ground_or_of_one_seed_twice_are_no_one_record(tmp_path):
     a, b = write_run(tmp_path / "a", 4.0), write_run(tmp_path / "b", 4.0)
     with pytest.raises(InputError, match="several runs of the recipe as it is have the same seed"):

@@ -98,7 +98,9 @@ def main(argv: list[str]) -> int:
     adding.add_argument("--config_file", help="accelerate's, for runs that were not launched with a shipped cpu one")
     adding.add_argument("--cores", type=int, help="of the machine, where plan.json does not say it")
     adding.add_argument("--threads", type=int, help="OMP_NUM_THREADS of the runs, where plan.json does not say it")
-    adding.add_argument("--spread_of", metavar="NAME", help="a record whose deviation over seeds holds for one seed")
+    adding.add_argument(
+        "--spread_of", metavar="NAME/RUN", help="a recorded run whose deviation over seeds holds here, too"
+    )
     adding.add_argument("--replace", action="store_true", help="write over the record of that name")
     adding.set_defaults(run=add)
     reproducing = commands.add_parser("reproduce", help="run recorded runs again")

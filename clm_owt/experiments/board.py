@@ -1,6 +1,6 @@
 """The board of recorded results, `records/README.md`, which is made from their record.yaml files."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from clm_owt.experiments.recorded_result import (
 from clm_owt.files import write_text
 from clm_owt.formatting import markdown_table
 
+Record = Mapping[str, Any]  # what stands in a record.yaml
+
 HEAD = """\
 # Recorded results
 
@@ -24,8 +26,8 @@ interval; that of one seed cannot be told from chance.
 ```bash
 make reproduce RECORD=NAME              # runs the first run of a record again, and says whether it is the same
 make reproduce RECORD=NAME RUNS=all     # every one
-python scripts/record.py add --help    # records finished runs
-python scripts/record.py board         # writes this file
+python scripts/record.py add --help     # records finished runs
+python scripts/record.py board          # writes this file
 ```
 
 A folder under `NAME/runs/` is read by all that reads a run's folder, as `scripts/plot_run.py` does.
@@ -38,9 +40,8 @@ TOKENS = f"""\
 MINUTES = f"""\
 ## Loss after {BOARD_MINUTES} minutes on two CPU cores
 
-Of the last validation that ended within {BOARD_MINUTES} minutes, counted from the start of the training: with
-validations, samples and saves, without imports, tokenising and the search for the micro-batch. Nothing else ran on the
-cores.
+Of the last validation that ended within {BOARD_MINUTES} minutes of training. Validations, samples and saves count;
+imports, tokenising and the search for the micro-batch do not. Nothing else ran on the cores.
 """
 
 TRIED = """\
@@ -64,14 +65,14 @@ def board(folder: Path) -> str:
         (MINUTES, "minutes", result_row, RESULT_COLUMNS),
         (TRIED, "tried", tried_row, TRIED_COLUMNS),
     ):
-        rows = sorted(
-            (setting["loss"], row_of(name, record, setting))
-            for name, record in records.items()
-            if record["table"] == table
-            for setting in rows_of(record)
-        )
-        body = markdown_table(header, [row for _, row in rows]) if rows else "Nothing has been recorded yet."
-        parts.append(f"{heading}\n{body}\n")
+        of_table = {name: record for name, record in records.items() if record["table"] == table}
+        shown = sorted(rows_of(of_table), key=lambda row: row[2]["loss"])
+        rows = [row_of(name, record, setting) for name, record, setting in shown]
+        body = markdown_table(header, rows) if rows else "Nothing has been recorded yet."
+        parts += [heading, f"{body}\n"]
+        if table != "tried" and rows:  # there the claims stand in the table
+            names = dict.fromkeys(name for name, _, _ in shown)
+            parts.append("".join(f"{describe(name, of_table[name])}\n" for name in names))
     return "\n".join(parts)
 
 
@@ -79,17 +80,30 @@ RESULT_COLUMNS = ("loss", "seeds", "change to the recipe", "difference", "record
 TRIED_COLUMNS = ("what", "change to the recipe", "loss", "against", "difference", "record")
 
 
-def rows_of(record: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    """The settings that have a row: of something tried, not the reference."""
-    settings = record["settings"]
-    return settings[1:] if record["table"] == "tried" and len(settings) > 1 else settings
+def rows_of(records: Mapping[str, Record]) -> list[tuple[str, Record, Mapping[str, Any]]]:
+    """The settings that have a row, with their records: of something tried, not the reference; of a setting that
+    several records have, the one with the most seeds."""
+    rows = {}
+    for name, record in records.items():
+        settings = record["settings"]
+        for setting in settings[1:] if record["table"] == "tried" and len(settings) > 1 else settings:
+            known = rows.get(setting["name"])
+            if known is None or len(known[2]["runs"]) < len(setting["runs"]):
+                rows[setting["name"]] = name, record, setting
+    return list(rows.values())
 
 
-def result_row(name: str, record: Mapping[str, Any], setting: Mapping[str, Any]) -> list[str]:
+def describe(name: str, record: Record) -> str:
+    """A record's claim, and by which runs its settings were chosen."""
+    tuning = [f"{run['setting']}: {run['loss']:.4f} (seed {run['seed']})" for run in record.get("tuning", [])]
+    return f"- {link(name)}: {record['claim']}." + (f" Chosen by: {'; '.join(tuning)}." if tuning else "")
+
+
+def result_row(name: str, record: Record, setting: Mapping[str, Any]) -> list[str]:
     return [loss(setting), seeds(setting), setting["name"], difference(record, setting), link(name)]
 
 
-def tried_row(name: str, record: Mapping[str, Any], setting: Mapping[str, Any]) -> list[str]:
+def tried_row(name: str, record: Record, setting: Mapping[str, Any]) -> list[str]:
     reference = record["settings"][0]
     against = "" if setting is reference else f"{loss(reference)}, {seeds(reference)}"
     own = f"{loss(setting)}, {seeds(setting)}"
@@ -110,7 +124,7 @@ def seeds(setting: Mapping[str, Any]) -> str:
     return "one seed" if number == 1 else f"{number} seeds"
 
 
-def difference(record: Mapping[str, Any], setting: Mapping[str, Any]) -> str:
+def difference(record: Record, setting: Mapping[str, Any]) -> str:
     """Of a setting to the reference of its record."""
     found = record.get("comparison", {}).get("differences", {}).get(setting["name"])
     if found is None:

@@ -83,7 +83,7 @@ class NewRecord:
     shown and do not count; table: of the board, None for a result that is not on it; recipe: the one that the runs
     change; logs: a folder with `<run>.log`; machine: `threads` and `cores`, for runs whose plan.json does not have
     them; config: accelerate's configuration, where the runs were not launched with a shipped one for a CPU; spread_of:
-    the record whose deviation over seeds holds for single runs, too.
+    NAME/RUN, a run of another record: the deviation over seeds of its setting holds for single runs, too.
     """
 
     claim: str
@@ -291,15 +291,18 @@ def check_comparable(table: str, environment: Mapping[str, Any], folder: Path) -
 
 
 def spread(losses: Mapping[int, float], spread_of: str | None, folder: Path) -> dict[str, Any]:
-    """The standard deviation over seeds: the runs' own or, of a single run, the largest in the record `spread_of`."""
+    """The standard deviation over seeds: the runs' own or, of a single run, that of another record's setting."""
     if len(losses) > 1:
         return {"standard_deviation": round(statistics.stdev(losses.values()), 6)}
     if spread_of is None:
         return {"standard_deviation": None}
-    others = [s["standard_deviation"] for s in read_record(folder / spread_of)["settings"] if len(s["runs"]) > 1]
-    if not others:
-        raise InputError(f"--spread_of: {spread_of} has no setting with several seeds")
-    return {"standard_deviation": max(others), "standard_deviation_of": spread_of}
+    name, _, run = spread_of.partition("/")
+    for setting in read_record(folder / name)["settings"]:
+        if len(setting["runs"]) > 1 and run in [entry["run"] for entry in setting["runs"]]:
+            return {"standard_deviation": setting["standard_deviation"], "standard_deviation_of": spread_of}
+    raise InputError(
+        f"--spread_of: {spread_of} is no run of several seeds; expected NAME/RUN, as in records/NAME/runs/"
+    )
 
 
 def run_entry(run: RunRecord, row: Row) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def test_a_record_keeps_no_place_of_the_machine_that_it_ran_on(tmp_path):
 def test_single_runs_say_so_and_take_their_deviation_from_a_record_with_seeds(tmp_path):
     add(tmp_path, "seeds", seeded(tmp_path, "a", [4.0, 4.2]))
     base, bf16 = write_run(tmp_path / "b", 4.0), write_run(tmp_path / "c", 4.1, precision="bf16")
-    record = add(tmp_path, "single", [base, bf16], "--table", "tried", "--spread_of", "seeds")
+    record = add(tmp_path, "single", [base, bf16], "--table", "tried", "--spread_of", "seeds/a_s1")
     assert record["settings"][1]["name"] == "the recipe as it is, with cpu_bf16.yaml"
     assert record["settings"][1]["standard_deviation"] == pytest.approx(0.141421)
     text = " ".join((tmp_path / "records/README.md").read_text().split())

@@ -16,7 +16,7 @@ import signal
 from pathlib import Path
 
 from clm_owt.errors import InputError
-from clm_owt.experiments.board import write_board
+from clm_owt.experiments.board import difference, loss, seeds, write_board
 from clm_owt.experiments.execution import interruption
 from clm_owt.experiments.recorded_result import TABLES, NewRecord, add_record, read_record
 from clm_owt.experiments.reproduction import compare_with_recorded, run_again, runs_of
@@ -39,9 +39,7 @@ def add(options: argparse.Namespace) -> int:
     )
     record = add_record(options.folder / options.name, new, options.replace)
     for setting in record["settings"]:
-        print(f"{setting['loss']:.4f}  {len(setting['runs'])} seeds  {setting['name']}")
-    for name, difference in record.get("comparison", {}).get("differences", {}).items():
-        print(f"{name}: {difference['mean']:+.4f}, 95% interval {difference['interval_95']}")
+        print("  ".join(filter(None, (loss(setting), seeds(setting), setting["name"], difference(record, setting)))))
     print(f"Recorded: {options.folder / options.name}; the board: {write_board(options.folder)}")
     return 0
 

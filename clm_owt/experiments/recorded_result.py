@@ -61,12 +61,17 @@ class Setting:
     def command(self, recipe: str, threads: int, seeds: Sequence[int]) -> str:
         """The command of its runs as one types it. With several seeds, or another than the recipe's, `--seed` is
         among the options, as SEED where there are several."""
-        options = [f"--{name} {shlex.quote(show(value))}" for name, value in self.changes.items()]
+        options = [f"--{name} {quoted(value)}" for name, value in self.changes.items()]
         if list(seeds) != [load_recipe(["--recipe", recipe]).seed]:
             options.append(f"--seed {'SEED' if len(seeds) > 1 else seeds[0]}")
         variables = " ".join(f"{name}={value}" for name, value in launch_variables(self.processes, threads).items())
         launch = f"accelerate launch --config_file {self.config} run_clm_owt.py --recipe {recipe}"
         return " ".join([variables, launch, *options])
+
+
+def quoted(value: Any) -> str:
+    """A setting as one types it, each of several values as a word."""
+    return shlex.join(map(str, value)) if isinstance(value, list) and value else shlex.quote(show(value))
 
 
 def launch_variables(processes: int, threads: int) -> dict[str, str]:
@@ -109,6 +114,9 @@ def add_record(folder: Path, new: NewRecord, replace: bool = False) -> dict[str,
     names = [run.name for run in (*runs, *tuning)]
     if len(set(names)) < len(names):
         raise InputError(f"--runs: several are named {max(names, key=names.count)}; each needs a name of its own")
+    for run in (*runs, *tuning) if new.logs else ():
+        if not (log := log_of(run, new.logs)).is_file():
+            raise InputError(f"--logs: there is no {log}")
     with replacing_folder(folder) as aside:
         for run in (*runs, *tuning):
             copy_run(run, aside / "runs" / run.name, new.logs)
@@ -343,11 +351,12 @@ def copy_run(run: RunRecord, target: Path, logs: Path | None) -> None:
         rows = thinned(rows)
     (target / "metrics.jsonl").write_text("".join(rows), encoding="utf-8")
     if logs is not None:
-        log = logs / f"{run.folder.resolve().name}.log"
-        if not log.is_file():
-            raise InputError(f"--logs: there is no {log}")
-        printed = log.read_text(encoding="utf-8", errors="replace")
+        printed = log_of(run, logs).read_text(encoding="utf-8", errors="replace")
         (target / "log.txt").write_text(without_places(printed, run), encoding="utf-8")
+
+
+def log_of(run: RunRecord, logs: Path) -> Path:
+    return logs / f"{run.name}.log"
 
 
 def thinned(lines: Sequence[str]) -> list[str]:

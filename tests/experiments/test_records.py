@@ -167,6 +167,10 @@ def test_runs_of_different_ground_or_of_one_seed_twice_are_no_one_record(tmp_pat
     add(tmp_path, "one", [a])
     with pytest.raises(InputError, match="is there already"):
         add(tmp_path, "one", [a])
+    (tmp_path / "a.log").unlink()
+    with pytest.raises(InputError, match=r"--logs: there is no .*a\.log"):
+        add(tmp_path, "two", [a])
+    assert {path.name for path in (tmp_path / "records").iterdir()} == {"one", "README.md"}
 
 
 def test_of_long_metrics_validations_and_every_tenth_training_row_are_kept():

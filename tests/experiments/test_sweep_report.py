@@ -64,8 +64,8 @@ def test_the_mean_of_fewer_seeds_is_not_the_best():
 
 @pytest.mark.parametrize(("settings", "seeds"), [(2, 5), (5, 5), (5, 3)])
 def test_of_sweeps_of_equal_configurations_at_most_one_in_twenty_is_called_different(settings, seeds):
-    """Of 4,000 simulated ones, with what a seed shares and what is each run's own, within the binomial's error."""
-    random, sweeps, called = np.random.default_rng(0), 4000, 0
+    """Of 2,000 simulated ones, with what a seed shares and what is each run's own, within the binomial's error."""
+    random, sweeps, called = np.random.default_rng(0), 2000, 0
     for _ in range(sweeps):
         losses = 4.0 + random.normal(0, 0.02, seeds) + random.normal(0, 0.01, (settings, seeds))
         runs = [swept(weight, seed, loss) for weight, row in enumerate(losses) for seed, loss in enumerate(row)]

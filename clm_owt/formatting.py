@@ -1,6 +1,7 @@
-"""How numbers, values and tables are printed."""
+"""How numbers, values and tables are printed, and durations read."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 SHOWN_CHARACTERS = 80
@@ -30,6 +31,16 @@ def format_clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def read_duration(text: str) -> int:
+    """A duration in seconds: of `45s`, `30m`, `23h30m`, `1d2h`. Raises ValueError where it is none, or nothing."""
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    days, hours, minutes, seconds = (int(number or 0) for number in found.groups()) if found else (0, 0, 0, 0)
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if not total:
+        raise ValueError(f"{text!r} is no duration such as 45s, 30m, 23h30m or 1d2h")
+    return total
 
 
 def format_count(number: float) -> str:

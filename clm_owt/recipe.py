@@ -3,6 +3,7 @@
 Every key is also an option of the command line (see recipe_reader.py). This module imports no torch.
 """
 
+import contextlib
 import dataclasses
 import typing
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from clm_owt.formatting import read_duration
 from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.schedule import SCHEDULES, Schedule
 
@@ -54,6 +56,14 @@ def one_of(*choices: Any) -> Rule:
     names = ", ".join(str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices)
     return Rule(lambda value: value in choices, f"one of {names}")
 
+
+def is_duration(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return read_duration(text) > 0
+    return False
+
+
+DURATION = Rule(is_duration, "a duration such as 45s, 30m, 23h30m or 1d2h")
 
 # Keys that older recipes may have, and what came in their place. Without a value they had no effect, and have none.
 REMOVED_KEYS = {"pad_vocab_multiple": "the loss pads the vocabulary by itself where that is faster"}
@@ -152,6 +162,7 @@ class Recipe:
     output_dir: str = key("the run's folder; default: runs/<run_name>", "")
     branch_from: str | None = result_key("a checkpoint of another run, from which this one goes its own way", None)
     resume_from_checkpoint: str = key("auto, never, or a checkpoint's folder", "auto")
+    stop_after: str | None = key("save and stop so long after the start: 45s, 30m, 23h30m, 1d2h", None, DURATION)
     seed: int = result_key("of weights, data order and sampling", 42, Rule(lambda v: 0 <= v < 2**32, "in [0, 2**32)"))
     deterministic: bool = result_key("only deterministic kernels (slower on a GPU)", False)
     report_to: tuple[str, ...] = key("any of wandb, tensorboard, trackio", ())

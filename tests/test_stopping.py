@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from clm_owt import stopping
 from clm_owt.console import print_lines
 from clm_owt.errors import disk_is_full
-from clm_owt.stopping import Stopped, StopRequest
+from clm_owt.stopping import Deadline, Stopped, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -174,3 +174,45 @@ def test_a_lost_connection_that_no_launcher_explains_is_an_error(monkeypatch):
     monkeypatch.setattr(stopping, "LAUNCHER_SECONDS", 0.1)
     with pytest.raises(RuntimeError, match="closed by peer"), StopRequest().listening():
         raise RuntimeError("Connection closed by peer")
+
+
+def test_the_end_of_its_time_stops_a_run_between_steps_with_the_status_that_asks_for_another_job(capsys):
+    with (
+        pytest.raises(Stopped) as stopped,
+        StopRequest(Deadline(time.time() + 0.2, "stop_after 30m")).listening() as stop,
+        stop.between_steps(),
+    ):
+        for _ in range(500):
+            stop.check()
+            time.sleep(0.01)
+    assert stopped.value.code == 138
+    assert capsys.readouterr().out == "Stopped by stop_after 30m before the first step; the same command continues\n"
+
+
+def test_a_signal_of_a_scheduler_ahead_of_that_time_has_its_own_name(capsys):
+    with pytest.raises(Stopped), StopRequest(Deadline(time.time() + 60, "stop_after 30m")).listening():
+        send(signal.SIGUSR1)
+        time.sleep(1)
+    assert "Stopped by SIGUSR1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stop_after", "job_seconds", "stops_after", "reason"),
+    [
+        ("45s", None, 45, "stop_after 45s"),
+        ("23h30m", 24 * 3600, 23.5 * 3600, "stop_after 23h30m"),
+        ("23h58m", 24 * 3600, 24 * 3600 - 300, "the end of the Slurm job"),
+        (None, 600, 540, "the end of the Slurm job"),
+        (None, -600, None, None),
+        (None, None, None, None),
+    ],
+)
+def test_a_run_ends_with_its_own_time_or_ahead_of_its_job(monkeypatch, stop_after, job_seconds, stops_after, reason):
+    began = time.time()
+    monkeypatch.setattr(stopping, "launcher_began", lambda: began)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "" if job_seconds is None else str(round(began + job_seconds)))
+    deadline = Deadline.of(stop_after)
+    if stops_after is None:
+        assert deadline is None
+    else:
+        assert deadline.at - began == pytest.approx(stops_after, abs=1) and deadline.reason == reason

@@ -22,6 +22,7 @@ PLACES = {
     "output_dir",
     "run_name",
     "resume_from_checkpoint",
+    "stop_after",
     "report_to",
     "wandb_project",
     "checkpoint_mirror",

@@ -17,7 +17,8 @@ from clm_owt.console import close_output, print_lines, waiting
 from clm_owt.errors import InputError, RunFailed, disk_is_full, exit_with
 from clm_owt.recipe import Recipe
 from clm_owt.recipe_reader import read_command_line
-from clm_owt.stopping import StopRequest
+from clm_owt.run_state import RunReport, leave_if_ended_for_good
+from clm_owt.stopping import Deadline, StopRequest, launcher_began
 
 
 def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None, search=None, trainer_class=None):
@@ -44,6 +45,7 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
         existing = group.on_main(run_folder.open_existing_run, recipe, plan_only, stack, remote.fetch_newer)
         if existing.finished and not plan_only:
             return group.say(*group.on_main(run_folder.summarize, folder))
+        report = stack.enter_context(RunReport(None if plan_only else folder, group.is_main, stop))
         stop.reached = existing.reached
         if plan_only and (reason := group.on_main(reachability.find_unreachable, existing.pin_data(recipe))):
             found = micro_batch_search.find_micro_batch(
@@ -59,7 +61,7 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
         # Data: one builder a machine writes the token store, every process reads it.
         source = group.on_main(sources.resolve_source, existing.pin_data(recipe))
         building = stack.enter_context(builder.Builder.start(recipe, source, group.is_first_of_machine))
-        check = builder.WaitingCheck(stop, building, group.say)
+        check = builder.WaitingCheck(stop, building, group.say, report.waiting_for_data)
         store = token_store.TokenStore(recipe, source)
         tokenizer = tokenizer_files.load_tokenizer(store.wait_for_tokenizer(check))
         existing.check_same_data(store.folder.name)
@@ -89,14 +91,16 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
         blocks = order.TrainingBlocks(store, seed=recipe.seed, check=check)
         training = (trainer_class or trainer.Trainer)(
             recipe, the_plan, model=model, tokenizer=tokenizer, store=store, blocks=blocks, hardware=hardware,
-            accelerator=accelerator, processes=group, stop=stop, log=log, existing=existing, found=found,
-            on_saved=[kept.saved, uploads.saved], after_row=check.print_new_lines,
+            accelerator=accelerator, processes=group, stop=stop, log=log, report=report, existing=existing,
+            found=found, on_saved=[kept.saved, uploads.saved], after_row=check.print_new_lines,
         )  # fmt: skip
+        report.begin(training.state.step, the_plan.total_steps)
         log.start(training.state, config=recipe.to_dict() | the_plan.to_dict())
         with stop.between_steps():
             training.train()
 
         training.export()
+        report.finish()
         log.close()
         group.say(*group.on_main(run_folder.summarize, folder))
         uploads.finish(stop)
@@ -109,7 +113,12 @@ def main(argv: list[str], **stand_ins: object) -> None:
         recipe, plan_only = read_command_line(argv)
         if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
             print_lines(f"{recipe.run_name}: importing torch, transformers and datasets, some seconds")
-        with StopRequest().listening() as stop:
+        if not plan_only:
+            leave_if_ended_for_good(Path(recipe.output_dir), launcher_began())
+        deadline = Deadline.of(recipe.stop_after)
+        if deadline is not None and os.environ.get("RANK", "0") == "0":
+            print_lines(f"{recipe.run_name}: {deadline}")
+        with StopRequest(deadline).listening() as stop:
             run(recipe, plan_only, stop, **stand_ins)
     except InputError as error:
         exit_with(error)

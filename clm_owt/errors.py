@@ -20,7 +20,12 @@ class RecipeError(InputError):
 
 
 class RunFailed(Exception):
-    """An error of a run, not of its recipe, that a line or two tell completely; exit status 1."""
+    """An error of a run, not of its recipe, that a line or two tell completely; exit status 1. `final`: the same
+    command would meet it again."""
+
+    def __init__(self, message: str, final: bool = False):
+        super().__init__(message)
+        self.final = final
 
 
 def disk_is_full(error: BaseException) -> bool:

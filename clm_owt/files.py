@@ -10,14 +10,16 @@ PARTIAL = ".partial"
 
 
 @contextlib.contextmanager
-def replacing(path: Path, suffix: str = PARTIAL) -> Iterator[Path]:
+def replacing(path: Path, suffix: str = PARTIAL, flush: bool = True) -> Iterator[Path]:
     """A path beside `path` to write a file to: at the end of the block it is flushed to disk and becomes `path` in one
     step, a file of that name being replaced. After an error nothing is left of it. `suffix` is added to the name; take
-    another where several processes may write the same file."""
+    another where several processes may write the same file. Without `flush` a power cut may lose the content, for a
+    file that is renewed every few seconds."""
     aside = path.with_name(path.name + suffix)
     try:
         yield aside
-        flush_to_disk(aside)
+        if flush:
+            flush_to_disk(aside)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

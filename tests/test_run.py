@@ -26,6 +26,7 @@ def test_the_run_folder_holds_what_the_design_lists(complete_run):
     assert names == {
         "recipe.yaml",
         "plan.json",
+        "run_state.json",
         "metrics.jsonl",
         "checkpoints",
         "samples.md",

@@ -42,6 +42,7 @@ LAUNCHER_VARIABLES = (
     "OMP_",
 )
 TRACEBACK_LINES = 20  # of the builder's, in an error of the training process
+LONG_WAIT = 1.0  # seconds
 INPUT_CANNOT_WORK, DISK_FULL = 2, 28  # exit statuses
 ERROR_MARK = b"\0"  # precedes, in the output, the message of the error that the builder ends with
 
@@ -148,11 +149,18 @@ class WaitingCheck:
     """What a run does over and over while it waits for data: leave the wait after a signal or where the builder has
     failed, print what the builder prints, and at `reporting_times` what is waited for.
 
-    Handed to the waits of `TokenStore` and to `TrainingBlocks`, which call it with what they wait for.
+    Handed to the waits of `TokenStore` and to `TrainingBlocks`, which call it with what they wait for. `on_wait` is
+    called over and over while a wait is long.
     """
 
-    def __init__(self, stop: StopRequest, builder: Builder, say: Callable[..., None]):
-        self._stop, self._builder, self._say = stop, builder, say
+    def __init__(
+        self,
+        stop: StopRequest,
+        builder: Builder,
+        say: Callable[..., None],
+        on_wait: Callable[[], None] = lambda: None,
+    ):
+        self._stop, self._builder, self._say, self._on_wait = stop, builder, say, on_wait
         self._waiting_for, self._called_at = "", 0.0
 
     def __call__(self, waiting_for: str = "") -> None:
@@ -164,6 +172,8 @@ class WaitingCheck:
             self._waiting_for, self._began, self._times = waiting_for, now, reporting_times()
             self._next = next(self._times)
         self._called_at = now
+        if waiting_for and now - self._began >= LONG_WAIT:
+            self._on_wait()
         if waiting_for and now - self._began >= self._next:
             self._say(f"waiting for {waiting_for}: {self._next:.0f} s so far")
             self._next = next(self._times)

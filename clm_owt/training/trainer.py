@@ -27,6 +27,7 @@ from clm_owt.planning.devices import Hardware
 from clm_owt.planning.plan import Plan
 from clm_owt.recipe import Recipe
 from clm_owt.reports import milestones
+from clm_owt.run_state import RunReport
 from clm_owt.schedule import is_due
 from clm_owt.state import TrainState
 from clm_owt.stopping import Stopped, StopRequest
@@ -92,6 +93,7 @@ class Trainer:
         processes: Processes,
         stop: StopRequest,
         log: RunLog,
+        report: RunReport,
         existing: ExistingRun,
         found: MicroBatchSearch,
         on_saved: Sequence[Callable[[Path], None]] = (),
@@ -108,6 +110,7 @@ class Trainer:
         self.processes = processes
         self.stop = stop
         self.log = log
+        self.report = report
         self.after_row = after_row
         self.throughput = Throughput.of(plan, recipe, hardware)
         self.contention = Contention() if hardware.device_type == "cpu" else None
@@ -175,13 +178,15 @@ class Trainer:
                 if result.skipped or self.due(self.recipe.logging_steps):
                     self.log_step(result)
                 self.log.advance(state.step)
+                self.report.at_step(state.step, result.statistics.loss)
                 self.check_skipped(result)
             self.finish_saving()
             self.stop.reached = f"after step {last}, saved"
             self.processes.agree_to_stop(self.stop)
         except Stopped:
             state.elapsed_seconds = self.elapsed()
-            self.save_at_stop()
+            with self.report.saving():
+                self.save_at_stop()
             raise
         except RuntimeError:  # such as a connection that is lost to a process that died
             self.checkpoints.wait()
@@ -220,7 +225,8 @@ class Trainer:
                 f"step {self.state.step}: loss {result.statistics.loss}, gradient norm {result.grad_norm}; not finite "
                 f"for {MAX_SKIPPED_IN_A_ROW} steps in a row, whose blocks metrics.jsonl names; the last checkpoint is "
                 f"from before them. Begin anew with a lower learning_rate (it is {self.recipe.learning_rate:g}) or a "
-                "longer warm-up, and another output_dir"
+                "longer warm-up, and another output_dir",
+                final=True,
             )
 
     # A step
@@ -460,11 +466,12 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to save. Raises RunFailed, on all processes, if the last saves before have all failed."""
-        self.checkpoints.wait()  # one at a time; and its copy is gone before the next is made
-        failed = self.processes.gather(self.checkpoints.failed_in_a_row)[0]  # the main process writes
-        if failed >= MAX_FAILED_SAVES:
-            raise RunFailed(f"{failed} saves in a row have failed, see above; {self.how_to_go_on()}")
-        self.write_checkpoint()
+        with self.report.saving():
+            self.checkpoints.wait()  # one at a time; and its copy is gone before the next is made
+            failed = self.processes.gather(self.checkpoints.failed_in_a_row)[0]  # the main process writes
+            if failed >= MAX_FAILED_SAVES:
+                raise RunFailed(f"{failed} saves in a row have failed, see above; {self.how_to_go_on()}")
+            self.write_checkpoint()
 
     def write_checkpoint(self) -> None:
         """Copy the run's state to host memory, on all processes, and begin to write it on the main one."""

@@ -13,6 +13,8 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from clm_owt.errors import InputError
 from clm_owt.planning.devices import Hardware, cpu_name, mac_name
 from clm_owt.recipe import Recipe
+from clm_owt.stopping import launcher
+from clm_owt.training import rendezvous
 from clm_owt.training.device_memory import total_memory
 from clm_owt.training.processes import PATIENCE, Processes
 
@@ -31,7 +33,9 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     quiet_libraries()
     refuse_unkept_settings()
     let_segments_grow()
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    accelerator = Accelerator(
+        kwargs_handlers=[InitProcessGroupKwargs(init_method=f"{rendezvous.SCHEME}://", timeout=PATIENCE)]
+    )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise InputError(
@@ -109,6 +113,11 @@ def refuse_unkept_settings() -> None:
         problems.append(
             f"dynamo_backend {dynamo} stands beside the recipe's torch_compile, which decides; set dynamo_backend: no"
         )
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ and asks_for_restarts():
+        problems.append(
+            "the launcher of one process passes over --max_restarts; the one of several keeps it, also for one: "
+            "--config_file accelerate_configs/multi_gpu.yaml --num_processes 1 (on a CPU cpu_2proc.yaml)"
+        )
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
         problems.append(
@@ -117,6 +126,14 @@ def refuse_unkept_settings() -> None:
         )
     if problems:
         raise InputError("\n".join(f"accelerate config: {problem}" for problem in problems))
+
+
+def asks_for_restarts() -> bool:
+    """Whether the launcher of this process was given --max_restarts."""
+    parent = launcher()
+    words = parent.cmdline() if parent else []
+    options = words[: next((i for i, word in enumerate(words) if word.endswith(".py")), len(words))]
+    return any(word.replace("-", "_").startswith("__max_restarts") for word in options)
 
 
 def asks_for(variable: str) -> bool:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from clm_owt.console import print_lines
 from clm_owt.errors import InputError, RunFailed
 from clm_owt.stopping import Stopped, StopRequest
+from clm_owt.training import rendezvous
 from clm_owt.training.device_memory import is_out_of_memory, release_cached_memory
 from clm_owt.training.gradient_sum import GradientSum
 
@@ -61,6 +62,7 @@ class Processes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        rendezvous.watch.stop()
         expected = kind is None or issubclass(kind, (SystemExit, InputError, RunFailed))
         if expected and dist.is_initialized():
             dist.destroy_process_group()

@@ -1,0 +1,123 @@
+"""How the processes of a run find each other, and find each other anew when a launcher has started them again.
+
+The store in which torch's processes leave their addresses belongs to the launcher and outlives them: what a process
+that was killed has left there would be taken for its successor's. Nor do all launchers of a run count its restarts
+alike (with `--rdzv_backend c10d` only the one that lost a process does). So the processes first agree on a name that
+was never used before, and all that torch writes goes below it.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+from torch.distributed import PrefixStore, Store
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
+
+from clm_owt.console import print_lines, waiting
+
+SCHEME = "round"
+MEETING_SECONDS = 600.0  # after which a process gives up on one that does not come, as torch's own launcher does
+POLLING_SECONDS = 0.1
+WATCHING_SECONDS = 2.0  # between two looks at whether the round is over
+LOST_SECONDS = 120.0  # without an answer from the store: whoever held it is gone
+
+# The name of the round that is being met for or is under way, and the tokens of its processes, by rank.
+ROUND = "round"
+
+
+def meet(url: str, timeout: timedelta, **_: object) -> Iterator[tuple[Store, int, int]]:
+    """As torch's `env://`, with a store that holds nothing yet. For `init_process_group(init_method="round://")`."""
+    for store, rank, world_size in rendezvous("env://", timeout=timeout):
+        ours = PrefixStore("clm_owt", store)
+        with waiting(f"waiting for all {world_size} processes of the run"):
+            name, members = agree_on_round(ours, rank, world_size)
+        watch.start(ours.clone(), name, members if rank == 0 else None)
+        yield PrefixStore(name, store), rank, world_size
+
+
+def agree_on_round(store: Store, rank: int, world_size: int) -> tuple[str, list[str]]:
+    """A name that all processes of this round get, and none before them got; and the tokens of the processes, by rank.
+
+    Each process leaves a token under its rank. The main process calls a round of the tokens that it finds, and another
+    one whenever a token has changed: until then it was that of a process which is gone. A process answers to a round
+    that has its own token, and once all have answered the round begins. Raises RuntimeError where that takes longer
+    than MEETING_SECONDS.
+    """
+    token, deadline = uuid.uuid4().hex, time.monotonic() + MEETING_SECONDS
+    tokens = [f"token/{other}" for other in range(world_size)]
+    store.set(tokens[rank], token)
+    name, members = "", []
+    while time.monotonic() < deadline:
+        if rank == 0 and store.check(tokens) and (found := read_all(store, tokens)) != members:
+            name, members = uuid.uuid4().hex, found
+            store.set(ROUND, json.dumps([name, members]))
+        elif rank != 0 and store.check([ROUND]):
+            called, found = json.loads(store.get(ROUND))
+            if called != name and found[rank:][:1] == [token]:
+                name, members = called, found
+                store.set(f"{name}/{rank}", "here")
+        if rank == 0 and members and store.check([f"{name}/{other}" for other in range(1, world_size)]):
+            store.set(f"{name}/begins", "")
+        if members and store.check([f"{name}/begins"]):
+            return name, members
+        time.sleep(POLLING_SECONDS)
+    raise RuntimeError(
+        f"process {rank} of {world_size} waited {MEETING_SECONDS:.0f} s for the others, which did not all come; is a "
+        "machine or its launcher gone?"
+    )
+
+
+def read_all(store: Store, keys: list[str]) -> list[str]:
+    return [value.decode() for value in store.multi_get(keys)]
+
+
+class Watch:
+    """Ends this process when the round that it is in is over: another launcher has started a process of it again,
+    which this one may never learn of otherwise, as in a collective of NCCL that waits for a process which is gone."""
+
+    def __init__(self, leave: Callable[[str], object]) -> None:
+        self._leave = leave
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, store: Store, name: str, members: list[str] | None) -> None:
+        """Watch over the round `name`; with its `members`, for whether they are still the same."""
+        self._ended.clear()
+        self._thread = threading.Thread(target=self._run, args=(store, name, members), name="round", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join(2 * WATCHING_SECONDS)
+
+    def _run(self, store: Store, name: str, members: list[str] | None) -> None:
+        answered = time.monotonic()
+        store.set_timeout(timedelta(seconds=WATCHING_SECONDS))
+        while not self._ended.wait(WATCHING_SECONDS):
+            try:
+                if members and read_all(store, [f"token/{rank}" for rank in range(len(members))]) != members:
+                    store.set(ROUND, json.dumps(["", []]))
+                current = json.loads(store.get(ROUND))[0]
+            except RuntimeError:
+                if time.monotonic() - answered > LOST_SECONDS:
+                    self._leave("the launcher of the first machine does not answer any more")
+                continue
+            answered = time.monotonic()
+            if current != name:
+                return self._leave("a process of the run was started again")
+
+
+def leave(why: str) -> None:
+    """End this process at once, for its launcher to start it again. What is saved is whole at any instant."""
+    print_lines(f"error: process {os.environ.get('RANK', '0')}: {why}; leaving, to be started again", file=sys.stderr)
+    os._exit(1)
+
+
+watch = Watch(leave)
+register_rendezvous_handler(SCHEME, meet)

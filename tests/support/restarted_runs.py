@@ -1,0 +1,59 @@
+"""Runs whose launcher starts their processes again: `accelerate launch --max_restarts`, on a CPU."""
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+from support.runs import MAIN, ON_CPU, Background, environment, launcher, started, timeless_metrics
+
+
+def restarting_launcher(restarts: int, backend: str = "static", processes: int = 2, program: str = MAIN) -> list[str]:
+    """Its command; at a port that is free."""
+    options = ["--max_restarts", str(restarts), "--rdzv_backend", backend, "--main_process_port", "0"]
+    return launcher("cpu_2proc.yaml", "--num_processes", str(processes), *options, program=program)
+
+
+@contextlib.contextmanager
+def started_in(home: Path, command: list[str], *options: str) -> Iterator[Background]:
+    """The command in the background, in a folder of its own; at the end of the block none of its processes is left."""
+    home.mkdir(parents=True)
+    with started(command, *options, cwd=home, env=environment(home, **ON_CPU)) as job:
+        try:
+            yield job
+        finally:
+            for process in workers(job):
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+
+
+def workers(job: Background) -> list[psutil.Process]:
+    """The processes that the launcher has started, by age; none once it has ended."""
+    try:
+        return psutil.Process(job.process.pid).children()
+    except psutil.Error:
+        return []
+
+
+def wait_for_step(job: Background, since: int, seconds: float) -> float:
+    """Until a step is printed after the first `since` characters, or the run has ended; gives how long it took."""
+    began = time.monotonic()
+    while not re.search(r"^step \d+/", job.text[since:], re.MULTILINE) and job.process.poll() is None:
+        assert time.monotonic() < began + seconds, f"no step within {seconds} s:\n{job.text}"
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def assert_same_run(found: Path, wanted: Path) -> None:
+    """Two finished runs have the same weights, optimizer state, random states and metrics, bit for bit."""
+    assert timeless_metrics(found) == timeless_metrics(wanted)
+    last = sorted((wanted / "checkpoints").iterdir())[-1].name
+    for name in ("model.safetensors", "optimizer.safetensors", "random_states.json"):
+        assert (found / "checkpoints" / last / name).read_bytes() == (
+            wanted / "checkpoints" / last / name
+        ).read_bytes()
+    assert (found / "model/model.safetensors").read_bytes() == (wanted / "model/model.safetensors").read_bytes()
+    assert json.loads((found / "run_state.json").read_text())["state"] == "finished"

@@ -1,0 +1,84 @@
+"""Runs whose launcher starts their processes again, without a person."""
+
+import json
+import time
+
+import psutil
+import pytest
+from support.bench import campaign
+from support.hub_fixtures import english_documents
+from support.restarted_runs import assert_same_run, restarting_launcher, started_in, wait_for_step, workers
+from support.runs import write_json_lines, write_tiny_recipe
+
+pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("restarts")]
+
+KILLS = 5  # of one run
+SECONDS = 60.0  # within which a run is to go on
+LENGTH = {"max_steps": 800, "save_steps": 20, "eval_steps": 400, "sample_steps": 400}
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory):
+    """The file of a recipe whose run lasts some seconds, beside its imports; its token store is shared."""
+    folder = tmp_path_factory.mktemp("restarts")
+    data = write_json_lines(folder / "documents.jsonl", english_documents()[:400])
+    return write_tiny_recipe(folder, str(data), folder / "cache", **LENGTH)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(recipe, tmp_path_factory):
+    """The folders of undisturbed runs, by their number of processes."""
+    runs = {}
+    for processes in (1, 2):
+        home = tmp_path_factory.mktemp("undisturbed") / "home"
+        with started_in(home, restarting_launcher(0, processes=processes), "--recipe", str(recipe)) as job:
+            assert job.process.wait(300) == 0, job.text
+        runs[processes] = home / "runs/tiny"
+    return runs
+
+
+CASES = [(backend, processes) for _ in range(3) for backend in ("static", "c10d") for processes in (1, 2)]
+
+
+@pytest.mark.parametrize("case", campaign(CASES, short=0))
+def test_a_run_goes_on_by_itself_whatever_process_is_killed(recipe, undisturbed, home, draw, record_fault, case):
+    """SIGKILL of one of the processes of `accelerate launch --max_restarts`, at random instants"""
+    backend, processes = case
+    command = restarting_launcher(KILLS, backend, processes)
+    with started_in(home, command, "--recipe", str(recipe)) as job:
+        wait_for_step(job, 0, SECONDS)
+        for _ in range(KILLS):
+            if starting := draw.random() < 0.3:  # while they start again, or look for each other
+                time.sleep(draw.uniform(0.0, 8.0))
+            else:
+                wait_for_step(job, len(job.text), SECONDS)
+                time.sleep(draw.uniform(0.0, 1.0))
+            running = workers(job)
+            assert running, f"it had ended before all kills: a longer run is needed\n{job.text[-2000:]}"
+            victim, killed_at = draw.randrange(len(running)), time.monotonic()
+            running[victim].kill()
+            psutil.wait_procs(running, SECONDS)  # the others may print another step before they end
+            wait_for_step(job, len(job.text), SECONDS)
+            took = time.monotonic() - killed_at
+            assert took < SECONDS, job.text[-4000:]
+            where = f"{backend}, process {victim} of {processes}"
+            record_fault(f"{where}, {'starting' if starting else 'training'}: {took:.1f} s to the next step")
+        assert job.process.wait(300) == 0, job.text[-4000:]
+    assert_same_run(home / "runs/tiny", undisturbed[processes])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_would_fail_again_uses_up_its_restarts_in_seconds(recipe, home, record_fault, processes):
+    """A run that cannot succeed, under --max_restarts 10"""
+    home.mkdir(parents=True)
+    command = restarting_launcher(10, processes=processes)
+    options = ["--recipe", str(recipe), "--learning_rate", "1e30", "--warmup_steps", "0", "--max_grad_norm", "1e30"]
+    with started_in(home / "run", command, *options) as job:
+        assert job.process.wait(300) != 0
+        text = job.text
+    state = json.loads(next((home / "run/runs").glob("*/run_state.json")).read_text())
+    assert state["state"] == "failed" and state["final"] and "not finite for 3 steps" in state["error"]
+    assert text.count("Not started again: RunFailed: step") == 10
+    seconds = time.time() - state["written_at"]
+    assert seconds < 60
+    record_fault(f"{processes} process(es): all 10 restarts had passed {seconds:.0f} s after the failure")

@@ -1,8 +1,10 @@
 """The Accelerator and the hardware of a run, and what of a machine's configuration is refused."""
 
+import itertools
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 
 import datasets
 import torch
@@ -113,7 +115,8 @@ def refuse_unkept_settings() -> None:
         problems.append(
             f"dynamo_backend {dynamo} stands beside the recipe's torch_compile, which decides; set dynamo_backend: no"
         )
-    if "TORCHELASTIC_RESTART_COUNT" not in os.environ and asks_for_restarts():
+    starter = launcher()
+    if starter and asks_for_restarts(starter.cmdline()) and "TORCHELASTIC_RESTART_COUNT" not in os.environ:
         problems.append(
             "the launcher of one process passes over --max_restarts; the one of several keeps it, also for one: "
             "--config_file accelerate_configs/multi_gpu.yaml --num_processes 1 (on a CPU cpu_2proc.yaml)"
@@ -128,11 +131,9 @@ def refuse_unkept_settings() -> None:
         raise InputError("\n".join(f"accelerate config: {problem}" for problem in problems))
 
 
-def asks_for_restarts() -> bool:
-    """Whether the launcher of this process was given --max_restarts."""
-    parent = launcher()
-    words = parent.cmdline() if parent else []
-    options = words[: next((i for i, word in enumerate(words) if word.endswith(".py")), len(words))]
+def asks_for_restarts(command: Sequence[str]) -> bool:
+    """Whether a launcher was given --max_restarts, as `accelerate launch --max_restarts 3 run_clm_owt.py ...`."""
+    options = itertools.takewhile(lambda word: not word.endswith(".py"), command)
     return any(word.replace("-", "_").startswith("__max_restarts") for word in options)
 
 

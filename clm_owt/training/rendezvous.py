@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import NoReturn
 
 from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
@@ -31,13 +32,17 @@ ROUND = "round"
 
 
 def meet(url: str, timeout: timedelta, **_: object) -> Iterator[tuple[Store, int, int]]:
-    """As torch's `env://`, with a store that holds nothing yet. For `init_process_group(init_method="round://")`."""
-    for store, rank, world_size in rendezvous("env://", timeout=timeout):
+    """As torch's `env://`, with a store that holds nothing yet. For `init_process_group(init_method="round://")`,
+    which sets the store's own `timeout`."""
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS)))
         ours = PrefixStore("clm_owt", store)
         with waiting(f"waiting for all {world_size} processes of the run"):
             name, members = agree_on_round(ours, rank, world_size)
-        watch.start(ours.clone(), name, members if rank == 0 else None)
-        yield PrefixStore(name, store), rank, world_size
+    except (TimeoutError, RuntimeError) as error:  # the second is torch's, where the holder of the store is gone
+        leave(str(error).split("\n")[0])
+    watch.start(ours.clone(), name, members if rank == 0 else None)
+    yield PrefixStore(name, store), rank, world_size
 
 
 def agree_on_round(store: Store, rank: int, world_size: int) -> tuple[str, list[str]]:
@@ -45,7 +50,7 @@ def agree_on_round(store: Store, rank: int, world_size: int) -> tuple[str, list[
 
     Each process leaves a token under its rank. The main process calls a round of the tokens that it finds, and another
     one whenever a token has changed: until then it was that of a process which is gone. A process answers to a round
-    that has its own token, and once all have answered the round begins. Raises RuntimeError where that takes longer
+    that has its own token, and once all have answered the round begins. Raises TimeoutError where that takes longer
     than MEETING_SECONDS.
     """
     token, deadline = uuid.uuid4().hex, time.monotonic() + MEETING_SECONDS
@@ -66,9 +71,9 @@ def agree_on_round(store: Store, rank: int, world_size: int) -> tuple[str, list[
         if members and store.check([f"{name}/begins"]):
             return name, members
         time.sleep(POLLING_SECONDS)
-    raise RuntimeError(
-        f"process {rank} of {world_size} waited {MEETING_SECONDS:.0f} s for the others, which did not all come; is a "
-        "machine or its launcher gone?"
+    raise TimeoutError(
+        f"waited {MEETING_SECONDS:.0f} s for the other processes of the run, of which there are to be "
+        f"{world_size - 1}; is a machine or its launcher gone?"
     )
 
 
@@ -113,7 +118,7 @@ class Watch:
                 return self._leave("a process of the run was started again")
 
 
-def leave(why: str) -> None:
+def leave(why: str) -> NoReturn:
     """End this process at once, for its launcher to start it again. What is saved is whole at any instant."""
     print_lines(f"error: process {os.environ.get('RANK', '0')}: {why}; leaving, to be started again", file=sys.stderr)
     os._exit(1)

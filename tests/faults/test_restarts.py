@@ -1,6 +1,7 @@
 """Runs whose launcher starts their processes again, without a person."""
 
 import json
+import socket
 import time
 
 import psutil
@@ -8,7 +9,7 @@ import pytest
 from support.bench import campaign
 from support.hub_fixtures import english_documents
 from support.restarted_runs import assert_same_run, restarting_launcher, started_in, wait_for_step, workers
-from support.runs import write_json_lines, write_tiny_recipe
+from support.runs import ROOT, write_json_lines, write_tiny_recipe
 
 pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("restarts")]
 
@@ -67,16 +68,45 @@ def test_a_run_goes_on_by_itself_whatever_process_is_killed(recipe, undisturbed,
     assert_same_run(home / "runs/tiny", undisturbed[processes])
 
 
+@pytest.mark.parametrize("backend", ["static", "c10d"])
+def test_a_run_on_two_machines_goes_on_by_itself(recipe, undisturbed, home, draw, record_fault, backend):
+    """SIGKILL of the process of one of two machines, each with a launcher, under --max_restarts"""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    config = home / "machine.yaml"
+    home.mkdir(parents=True)
+    shipped = (ROOT / "accelerate_configs/cpu_2proc.yaml").read_text()
+    if backend == "c10d":  # as the head of multi_node.yaml says
+        shipped = shipped.replace("same_network: true", "same_network: false")
+    config.write_text(shipped)
+    options = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--config_file", str(config), "--machine_rank"]
+    commands = [restarting_launcher(KILLS, backend, 2, *options, str(rank), port=port) for rank in (0, 1)]
+    with started_in(home, commands[0], "--recipe", str(recipe)) as main:
+        time.sleep(3.0)  # machine 0 is to hold the store, as with machines that are two
+        with started_in(home, commands[1], "--recipe", str(recipe)) as other:
+            for machine in (1, 0, 1):
+                wait_for_step(main, len(main.text), SECONDS)
+                time.sleep(draw.uniform(0.0, 1.0))
+                killed_at, running = time.monotonic(), workers(main) + workers(other)
+                workers((main, other)[machine])[0].kill()
+                psutil.wait_procs(running, SECONDS)
+                wait_for_step(main, len(main.text), SECONDS)
+                took = time.monotonic() - killed_at
+                assert took < SECONDS, main.text[-4000:]
+                record_fault(f"{backend}, of machine {machine}: {took:.1f} s to the next step")
+            assert main.process.wait(300) == other.process.wait(60) == 0, main.text[-4000:]
+    assert_same_run(home / "runs/tiny", undisturbed[2])
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_would_fail_again_uses_up_its_restarts_in_seconds(recipe, home, record_fault, processes):
     """A run that cannot succeed, under --max_restarts 10"""
-    home.mkdir(parents=True)
     command = restarting_launcher(10, processes=processes)
     options = ["--recipe", str(recipe), "--learning_rate", "1e30", "--warmup_steps", "0", "--max_grad_norm", "1e30"]
-    with started_in(home / "run", command, *options) as job:
+    with started_in(home, command, *options) as job:
         assert job.process.wait(300) != 0
         text = job.text
-    state = json.loads(next((home / "run/runs").glob("*/run_state.json")).read_text())
+    state = json.loads(next((home / "runs").glob("*/run_state.json")).read_text())
     assert state["state"] == "failed" and state["final"] and "not finite for 3 steps" in state["error"]
     assert text.count("Not started again: RunFailed: step") == 10
     seconds = time.time() - state["written_at"]

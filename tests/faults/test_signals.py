@@ -13,6 +13,7 @@ from support.disturbances import HandedIn, at_step, kill_myself, slow_hashing
 from support.runs import ON_CPU, environment, on_processes, started
 from support.warm_start import Job
 
+from clm_owt.run_state import RunState
 from clm_owt.training.checkpoint import checkpoints, find_corruption
 
 pytestmark = pytest.mark.xdist_group("faults")
@@ -39,6 +40,19 @@ def test_a_run_told_to_stop_at_a_random_instant_continues(bench, tmp_path, draw,
     said = what_was_said(job)
     assert_continued(said, bench.finish(home))
     record_fault(f"{said} ({took:.1f} s)")
+
+
+def test_a_run_whose_time_ends_saves_and_asks_for_another_job(bench, home, record_fault):
+    """The end of stop_after, continued"""
+    pause = partial(at_step, 10, partial(time.sleep, 3.0))
+    job = bench.start(home, pause, options=["--stop_after", "1s"])
+    assert job.wait(60) == STATUS[signal.SIGUSR1], job.text
+    said = what_was_said(job)
+    assert said.startswith("Stopped by stop_after 1s after step ")
+    state = RunState.read(bench.run_of(home))
+    assert (state.state, state.error, state.exit_status) == ("stopped", "stopped by stop_after 1s", 138)
+    assert_continued(said, bench.finish(home))
+    record_fault(said)
 
 
 def wait_as_a_launcher(jobs: list[Job]) -> None:

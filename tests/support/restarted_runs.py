@@ -11,17 +11,20 @@ import psutil
 from support.runs import MAIN, ON_CPU, Background, environment, launcher, started, timeless_metrics
 
 
-def restarting_launcher(restarts: int, backend: str = "static", processes: int = 2, program: str = MAIN) -> list[str]:
-    """Its command; at a port that is free."""
-    options = ["--max_restarts", str(restarts), "--rdzv_backend", backend, "--main_process_port", "0"]
-    return launcher("cpu_2proc.yaml", "--num_processes", str(processes), *options, program=program)
+def restarting_launcher(
+    restarts: int, backend: str = "static", processes: int = 2, *options: str, port: int = 0, program: str = MAIN
+) -> list[str]:
+    """Its command; without a port at one that is free."""
+    own = ["--max_restarts", str(restarts), "--rdzv_backend", backend, "--main_process_port", str(port), *options]
+    return launcher("cpu_2proc.yaml", "--num_processes", str(processes), *own, program=program)
 
 
 @contextlib.contextmanager
 def started_in(home: Path, command: list[str], *options: str) -> Iterator[Background]:
     """The command in the background, in a folder of its own; at the end of the block none of its processes is left."""
-    home.mkdir(parents=True)
-    with started(command, *options, cwd=home, env=environment(home, **ON_CPU)) as job:
+    home.mkdir(parents=True, exist_ok=True)
+    log = f"log-{len(list(home.glob('log-*')))}"
+    with started(command, *options, cwd=home, env=environment(home, **ON_CPU), log=log) as job:
         try:
             yield job
         finally:

@@ -1,7 +1,10 @@
 """Configurations of machines: what Accelerate reads in them, what is refused, and what runs on a CPU for real."""
 
+import json
 import os
 import signal
+import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +21,15 @@ from clm_owt.errors import InputError, exit_with
 from clm_owt.model import fp8
 from clm_owt.model.gpt2 import build_model
 from clm_owt.recipe_reader import load_recipe
+from clm_owt.run_state import RunState
 from clm_owt.training import checkpoint
-from clm_owt.training.launch import ALLOCATOR_SETTINGS, create_accelerator, let_segments_grow, refuse_slow_bf16
+from clm_owt.training.launch import (
+    ALLOCATOR_SETTINGS,
+    asks_for_restarts,
+    create_accelerator,
+    let_segments_grow,
+    refuse_slow_bf16,
+)
 from clm_owt.training.optim import build_adamw
 
 CONFIGS = {  # name: (distributed type, machines, processes, precision, on a CPU)
@@ -144,6 +154,19 @@ def test_processes_that_came_up_alone_are_refused_by_the_main_command(tiny_recip
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "asks"),
+    [
+        ("--max_restarts 3 run_clm_owt.py --recipe r.yaml", True),
+        ("--config_file c.yaml --max-restarts=3 run_clm_owt.py", True),
+        ("--config_file c.yaml run_clm_owt.py --run_name --max_restarts", False),
+    ],
+)
+def test_a_launcher_that_is_asked_for_restarts_is_known_by_its_command(options, asks):
+    """The one of one process passes over them in silence, and is refused."""
+    assert asks_for_restarts(["/usr/bin/python3", "/usr/bin/accelerate", "launch", *options.split()]) == asks
+
+
 @pytest.fixture
 def small():
     argv = "--dataset_name python-docs --train_tokenizer_vocab_size 304 --block_size 32 --n_layer 2 --n_head 2 "
@@ -230,23 +253,23 @@ def test_fp8_is_refused_on_a_device_that_has_none(small):
         fp8.convert(build(), accelerator)
 
 
-STAND_INS = {
+STAND_INS = {  # for Slurm's commands, and for a launcher whose run fails
     "srun": '#!/bin/bash\nshift\nSLURM_NODEID=0 exec "$@"\n',
     "scontrol": '#!/bin/bash\nif [ "$1" = show ]; then echo localhost; else echo "$@" >> "$SCONTROL_LOG"; fi\n',
+    "accelerate": '#!/bin/bash\necho "$@" >> "$SCONTROL_LOG"; exit 1\n',
+    "python": f'#!/bin/bash\nexec {sys.executable} "$@"\n',
 }
 
 
-def test_the_slurm_script_saves_before_the_time_limit_requeues_and_continues(batch_recipe, tmp_path):
-    """With stand-ins for srun and scontrol; Slurm's signal goes to the script, as `--signal=B:USR1@300` sends it."""
+@pytest.fixture
+def slurm(tmp_path):
+    """The environment of a job on one node with two GPUs, with stand-ins for srun and scontrol."""
     for name, text in STAND_INS.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    mark = f"{tmp_path}-slurm"
-    env = environment(
+    return environment(
         tmp_path,
         PATH=f"{tmp_path}:{os.environ['PATH']}",
-        MARK_OF_THIS_TEST=mark,
-        ACCELERATE=launcher()[0],
         CONFIG="accelerate_configs/cpu_2proc.yaml",
         SCONTROL_LOG=str(tmp_path / "scontrol.log"),
         SLURM_SUBMIT_DIR=str(ROOT),
@@ -256,6 +279,12 @@ def test_the_slurm_script_saves_before_the_time_limit_requeues_and_continues(bat
         SLURM_GPUS_ON_NODE="2",
         **ON_CPU,
     )
+
+
+def test_the_slurm_script_saves_before_the_time_limit_requeues_and_continues(batch_recipe, slurm, tmp_path):
+    """Slurm's signal goes to the script, as `--signal=B:USR1@300` sends it."""
+    mark = f"{tmp_path}-slurm"
+    env = slurm | {"MARK_OF_THIS_TEST": mark, "ACCELERATE": launcher()[0]}
     output = tmp_path / "run"
     command = ["bash", str(ROOT / "scripts/launch.slurm"), "--recipe", str(batch_recipe), "--output_dir", str(output)]
     command += ["--max_steps", "100000", "--eval_steps", "100000"]
@@ -271,3 +300,30 @@ def test_the_slurm_script_saves_before_the_time_limit_requeues_and_continues(bat
         assert job.stop(signal.SIGTERM) != 0  # a preemption: Slurm requeues by itself
     assert (tmp_path / "scontrol.log").read_text() == "requeue 12345\n"
     assert processes_marked(mark) == []
+
+
+@pytest.mark.parametrize(
+    ("run_state", "restarted", "requeued"),
+    [
+        (RunState("failed", "", 0, error="ValueError: x"), 9, True),
+        (RunState("failed", "", 0, error="ValueError: x"), 10, False),  # as often as allowed
+        (RunState("failed", "", 0, error="RunFailed: not finite", final=True), 0, False),
+        (RunState("stopped", "", 0, error="stopped by stop_after 1h", final=True), 30, True),
+        (None, 0, True),  # killed before it began
+    ],
+)
+def test_the_slurm_script_requeues_a_run_that_failed_unless_it_would_fail_again(
+    tiny_recipe, slurm, tmp_path, run_state, restarted, requeued
+):
+    output = tmp_path / "run"
+    if run_state is not None:
+        output.mkdir()
+        (output / "run_state.json").write_text(json.dumps(asdict(run_state)))
+    options = ["--recipe", str(tiny_recipe), "--output_dir", str(output)]
+    env = slurm | {"ACCELERATE": str(tmp_path / "accelerate"), "SLURM_RESTART_COUNT": str(restarted)}
+    result = run(["bash", str(ROOT / "scripts/launch.slurm"), *options], cwd=tmp_path, env=env)
+    launched, *rest = (tmp_path / "scontrol.log").read_text().splitlines()
+    assert f"--max_restarts 3 run_clm_owt.py --recipe {tiny_recipe}" in launched
+    assert rest == (["requeue 12345"] if requeued else [])
+    assert result.returncode == (0 if requeued else 1)
+    assert ("it goes on in another job" if requeued else "not queued again") in result.stdout

@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
     adding.add_argument("--table", choices=TABLES, help="the board's table (default: not on the board)")
     adding.add_argument("--logs", type=Path, metavar="FOLDER", help="where the runs' output lies, as <run>.log")
     adding.add_argument(
-        "--recipe", default="recipes/quickstart.yaml", help="the recipe that they change (default: %(default)s)"
+        "--recipe", default="recipes/quickstart_adamw.yaml", help="the recipe that they change (default: %(default)s)"
     )
     adding.add_argument("--config_file", help="accelerate's, for runs that were not launched with a shipped cpu one")
     adding.add_argument("--cores", type=int, help="of the machine, where plan.json does not say it")

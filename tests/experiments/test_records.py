@@ -16,7 +16,7 @@ from clm_owt.experiments.recorded_result import thinned
 from clm_owt.recipe_reader import load_recipe
 from clm_owt.reports.record import read_metrics
 
-QUICKSTART = "recipes/quickstart.yaml"
+QUICKSTART = "recipes/quickstart_adamw.yaml"
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,9 @@ HEAD = """\
 
 What was measured with this repository, each result with its command (in `NAME/record.yaml`) and its runs. Losses are
 validation cross-entropies in nats on the data of `recipes/quickstart.yaml`, and what is changed is
-`recipes/quickstart_adamw.yaml`, unless the record says otherwise. A loss of several seeds is their mean, ± one standard
-deviation. A difference is to the first setting of the same record, over equal seeds, with its 95 % interval; that of one
-seed cannot be told from chance.
+`recipes/quickstart_adamw.yaml`, unless the record says otherwise. A loss of several seeds is their mean, ± one
+standard deviation. A difference is to the first setting of the same record, over equal seeds, with its 95 % interval;
+that of one seed cannot be told from chance.
 
 ```bash
 make reproduce RECORD=NAME              # runs the first run of a record again, and says whether it is the same

@@ -309,7 +309,7 @@ def test_every_file_and_option_that_a_command_names_exists(command):
 # Files of a run, and of a dataset, that documents name by their names alone.
 NOT_IN_THE_REPOSITORY = {
     "plan.json", "recipe.yaml", "samples.md", "metrics.jsonl", "complete.json", "training_curves.png",
-    "tokenizer.json", "tokenizer_config.json", "manifest.json", "best.yaml", "record.yaml",
+    "run_state.json", "tokenizer.json", "tokenizer_config.json", "manifest.json", "best.yaml", "record.yaml",
 }  # fmt: skip
 
 

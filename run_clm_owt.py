@@ -29,7 +29,7 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
     # Imported here, so that a bad recipe is reported without waiting for torch.
     with waiting("importing torch, transformers and datasets"):
         from clm_owt import hub
-        from clm_owt.data import builder, order, reachability, sources, token_store, tokenizer_files
+        from clm_owt.data import builder, order, sources, token_store, tokenizer_files
         from clm_owt.model import fp8, gpt2
         from clm_owt.planning import disks, plan
         from clm_owt.remote import checkpoints as remote
@@ -47,14 +47,8 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
             return group.say(*group.on_main(run_folder.summarize, folder))
         report = stack.enter_context(RunReport(None if plan_only else folder, group.is_main, stop))
         stop.reached = existing.reached
-        if plan_only and (reason := group.on_main(reachability.find_unreachable, existing.pin_data(recipe))):
-            found = micro_batch_search.find_micro_batch(
-                None, recipe, accelerator, group, stop, hardware, known=existing.micro_batch_search, probing=False
-            )
-            vocab_size = group.on_main(tokenizer_files.known_vocab_size, recipe)
-            the_plan = plan.make_plan(recipe, plan.Data(), vocab_size, found.micro_batch, hardware)
-            group.say(f"Data and tokenizer are not looked at ({reason}): the plan is of the recipe alone")
-            return group.say(found.summary(), *plan.plan_lines(the_plan, recipe, not_looked_at=True))
+        if plan_only and plan_without_data(recipe, existing, accelerator, group, stop, hardware):
+            return
         if not plan_only:
             group.say(*group.on_main(hub.check_repository, recipe), *group.on_main(remote.check_places, recipe))
 
@@ -104,6 +98,24 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
         log.close()
         group.say(*group.on_main(run_folder.summarize, folder))
         uploads.finish(stop)
+
+
+def plan_without_data(recipe: Recipe, existing, accelerator, group, stop: StopRequest, hardware) -> bool:
+    """Print the plan of the recipe alone if neither data nor tokenizer can be read here; whether it was so."""
+    from clm_owt.data import reachability, tokenizer_files
+    from clm_owt.planning import plan
+    from clm_owt.training.micro_batch_search import find_micro_batch
+
+    reason = group.on_main(reachability.find_unreachable, existing.pin_data(recipe))
+    if reason is None:
+        return False
+    known = existing.micro_batch_search
+    found = find_micro_batch(None, recipe, accelerator, group, stop, hardware, known=known, probing=False)
+    vocab_size = group.on_main(tokenizer_files.known_vocab_size, recipe)
+    the_plan = group.on_main(plan.make_plan, recipe, plan.Data(), vocab_size, found.micro_batch, hardware)
+    group.say(f"Data and tokenizer are not looked at ({reason}): the plan is of the recipe alone", found.summary())
+    group.say(*plan.plan_lines(the_plan, recipe, not_looked_at=True))
+    return True
 
 
 def main(argv: list[str], **stand_ins: object) -> None:

@@ -58,7 +58,7 @@ def check_repository(recipe: Recipe) -> list[str]:
         if private != recipe.hub_private_repo:
             is_now = "private" if HfApi().repo_info(full_id).private else "public, and its checkpoints with it"
             return [
-                f"{full_id} is {is_now}; hub_strategy checkpoint creates it private unless hub_private_repo says more"
+                f"{full_id} is {is_now}: hub_strategy checkpoint creates private ones unless hub_private_repo is set"
             ]
     except Exception as error:
         if will_not_pass(error):

@@ -182,6 +182,11 @@ class Recipe:
         """The key that says which documents are the validation set."""
         return next(name for name in VALIDATION_KEYS if getattr(self, name) is not None)
 
+    @property
+    def places_elsewhere(self) -> int:
+        """At how many places beside the run's folder its newest checkpoint is kept."""
+        return bool(self.checkpoint_mirror) + (self.push_to_hub and self.hub_strategy == "checkpoint")
+
     def total_steps(self, train_blocks: int | None = None) -> int | None:
         """Optimizer steps of the run: `max_steps`, or floor(epochs · blocks / batch) of the expected or, where none
         is expected, the given count of training blocks. None while that count is unknown."""

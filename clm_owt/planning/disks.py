@@ -26,11 +26,13 @@ def block_bytes(recipe: Recipe, vocab_size: int) -> int:
 
 
 def run_folder_bytes(recipe: Recipe, parameters: int, checkpoint_bytes: int, total_steps: int) -> int:
-    """At its largest: the checkpoints, of which there is one more than is kept while the newest is being written, the
-    exported model, about 450 bytes of metrics a row and 5 a sampled token."""
+    """At its largest: the checkpoints, of which there is one more than is kept while the newest is being written, and
+    one while an older one is on its way to each place elsewhere; the exported model, about 450 bytes of metrics a row
+    and 5 a sampled token."""
     rows = times_due(total_steps, recipe.logging_steps, False) + times_due(total_steps, recipe.eval_steps, True)
     rounds = times_due(total_steps, recipe.sample_steps, True) if recipe.sample_steps else 0
-    checkpoints = min(recipe.save_total_limit + 1, times_due(total_steps, recipe.save_steps, False))
+    most = recipe.save_total_limit + 1 + recipe.places_elsewhere
+    checkpoints = min(most, times_due(total_steps, recipe.save_steps, False))
     samples = rounds * len(recipe.sample_prompts) * recipe.sample_max_new_tokens * 5
     return checkpoint_bytes * checkpoints + 4 * parameters + 450 * rows + samples
 

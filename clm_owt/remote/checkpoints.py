@@ -59,14 +59,19 @@ def check_places(recipe: Recipe) -> list[str]:
 
 
 class Unavailable(Exception):
-    """What a place may have could not be had, after several attempts; the message says why."""
+    """What a place may have could not be had, after several attempts; the message says why. `for_good`: no further
+    attempt would help."""
+
+    def __init__(self, why: str, for_good: bool):
+        super().__init__(why)
+        self.for_good = for_good
 
 
 def fetch_newer(recipe: Recipe) -> None:
     """Put the newest checkpoint that is kept elsewhere into the run's folder, unless one there is as new.
 
-    Raises InputError where another run's is kept there; RunFailed where it is not known whether there is one, or it
-    cannot be had, and none is here: a run is not to begin anew without a word.
+    Raises InputError where another run's is kept there; RunFailed or, where no attempt would help, InputError where it
+    is not known whether there is one, or it cannot be had, and none is here: no run begins anew without a word.
     """
     folder = Path(recipe.output_dir)
     places = places_of(recipe)
@@ -74,12 +79,12 @@ def fetch_newer(recipe: Recipe) -> None:
         return
     plan_of_same_run(recipe, folder)
     found: list[tuple[Found, Place]] = []
-    problems = []
+    problems: dict[str, Unavailable] = {}
     for place in places:
         try:
             found += [(one, place) for one in persist(place, place.find, f"looking for a checkpoint at {place.name}")]
         except Unavailable as error:
-            problems.append(f"{place.name} cannot be asked for a checkpoint: {error}")
+            problems[f"{place.key}: {place.name} cannot be asked for a checkpoint: {error}"] = error
     here = newest_step(folder)
     for one, place in sorted(found, key=lambda pair: pair[0].listing.step, reverse=True):
         try:
@@ -87,14 +92,18 @@ def fetch_newer(recipe: Recipe) -> None:
             if one.listing.step > here:
                 fetch(folder, one, place)
         except Unavailable as error:
-            problems.append(f"The checkpoint of step {one.listing.step:,} at {place.name} cannot be had: {error}")
+            which = f"the checkpoint of step {one.listing.step:,} at {place.name}"
+            problems[f"{place.key}: {which} cannot be had: {error}"] = error
         else:
             here = max(here, one.listing.step)
     if problems and here < 0:
-        raise RunFailed(
-            "; ".join(problems) + "; the same command tries again, and resume_from_checkpoint: never begins anew"
+        for_good = all(error.for_good for error in problems.values())
+        way_on = "mend that" if for_good else "the same command tries again"
+        raise (InputError if for_good else RunFailed)(
+            "; ".join([*problems, f"{way_on}, or begin anew by resume_from_checkpoint: never"])
         )
-    print_lines(*(f"{problem}; going on without it" for problem in problems))
+    for problem in problems:
+        print_lines(f"{problem}; going on without it")
 
 
 def persist(place: Place, action: Callable[[], T], what: str) -> T:
@@ -107,7 +116,7 @@ def persist(place: Place, action: Callable[[], T], what: str) -> T:
         except Exception as error:
             pause = None if place.will_not_pass(error) else next(pauses, None)
             if pause is None:
-                raise Unavailable(place.explain(error)) from error
+                raise Unavailable(place.explain(error), place.will_not_pass(error)) from error
             print_lines(f"{place.name}: {place.explain(error)}; trying again in {pause:g} s")
             time.sleep(pause)
 

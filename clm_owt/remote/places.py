@@ -84,10 +84,8 @@ class HubPlace:
         hub.prepare_client()
         self.name = f"{recipe.hub_model_id} on the Hub"
         self.interval = hub.SECONDS_BETWEEN_COMMITS
-        self._repo_id, self._private = (
-            recipe.hub_model_id,
-            hub.is_private(recipe.hub_private_repo, recipe.hub_strategy),
-        )
+        self._repo_id = recipe.hub_model_id
+        self._private = hub.is_private(recipe.hub_private_repo, recipe.hub_strategy)
         self._api = HfApi()
 
     def put(self, bundle: Path) -> None:
@@ -113,30 +111,30 @@ class HubPlace:
         if "/" not in repo_id:
             repo_id = f"{self._api.whoami(cache=True)['name']}/{repo_id}"
         try:
-            commit = self._api.repo_info(repo_id, revision=self.BRANCH, timeout=hub_client.TIMEOUT_SECONDS).sha
-            listing = Listing.read(self._download(repo_id, commit, MARKER))
+            self._api.repo_info(repo_id, revision=self.BRANCH, timeout=hub_client.TIMEOUT_SECONDS)
+            listing = Listing.read(self._download(repo_id, MARKER))
         except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError):
             return []
-        return [Found(listing, f"{repo_id}@{commit}")]
+        return [Found(listing, repo_id)]
 
     def read(self, found: Found, name: str) -> bytes:
-        repo_id, _, commit = found.where.partition("@")
-        return self._download(repo_id, commit, name)
+        return self._download(found.where, name)
 
-    def _download(self, repo_id: str, commit: str, name: str) -> bytes:
+    def _download(self, repo_id: str, name: str) -> bytes:
         with tempfile.TemporaryDirectory() as aside:
-            file = hf_hub_download(repo_id, f"{self.FOLDER}/{name}", revision=commit, local_dir=aside)
+            file = hf_hub_download(repo_id, f"{self.FOLDER}/{name}", revision=self.BRANCH, local_dir=aside)
             return Path(file).read_bytes()
 
     def fetch(self, found: Found, folder: Path) -> None:
-        repo_id, _, commit = found.where.partition("@")
         aside = folder / "download"
-        snapshot_download(repo_id, revision=commit, allow_patterns=f"{self.FOLDER}/*", local_dir=aside)
+        snapshot_download(found.where, revision=self.BRANCH, allow_patterns=f"{self.FOLDER}/*", local_dir=aside)
         for name in (*found.listing.files, MARKER):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (aside / self.FOLDER / name).replace(folder / name)
 
     def will_not_pass(self, error: Exception) -> bool:
+        if isinstance(error, RevisionNotFoundError):  # the commit was squashed away since it was looked up
+            return False
         return hub.will_not_pass(error) or isinstance(error, OfflineModeIsEnabled)
 
     def explain(self, error: Exception) -> str:
@@ -218,9 +216,8 @@ class Mirror:
         return sorted(filter(self.BUNDLE.fullmatch, names), reverse=True)
 
     def will_not_pass(self, error: Exception) -> bool:
-        return isinstance(error, (PermissionError, FileNotFoundError, ValueError)) or (
-            type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
-        )
+        without_keys = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of botocore
+        return isinstance(error, (PermissionError, FileNotFoundError)) or type(error).__name__ in without_keys
 
     def explain(self, error: Exception) -> str:
         return one_line(error)

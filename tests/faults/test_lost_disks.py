@@ -4,9 +4,13 @@ elsewhere: on the loopback Hub, in a store of objects on the loopback address.""
 import itertools
 import shutil
 import signal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
+import s3fs
 from moto.server import ThreadedMotoServer
 from support.bench import campaign, last_step
 from support.disturbances import impatient, use_hub
@@ -18,6 +22,7 @@ pytestmark = pytest.mark.xdist_group("faults")
 TOKEN = "hf_FAKEfakeFAKEfake0123456789abcdefgh"
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "AKIAFAKEFAKEFAKE", "AWS_SECRET_ACCESS_KEY": "fakeSECRETfake0123456789abcdefghijkl"}
 SECRETS = (TOKEN, S3_KEYS["AWS_SECRET_ACCESS_KEY"])
+WITHOUT_KEYS = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_EC2_METADATA_DISABLED": "true"}
 BUCKET = "checkpoints"
 
 
@@ -28,36 +33,66 @@ def hub_server(tmp_path_factory):
         yield server
 
 
+class ObjectStore:
+    """A store of objects that speaks S3's protocol, behind a proxy, with one bucket."""
+
+    def __init__(self, proxy: FaultyProxy, port: int):
+        self.proxy = proxy
+        self.env = S3_KEYS | {"AWS_ENDPOINT_URL": proxy.url, "AWS_DEFAULT_REGION": "us-east-1"}
+        self._files = s3fs.S3FileSystem(
+            key="x", secret="x", endpoint_url=f"http://127.0.0.1:{port}", use_listings_cache=False
+        )
+        self._files.mkdir(BUCKET)
+
+    def contents(self) -> list[bytes]:
+        names = self._files.find(BUCKET)
+        return list(self._files.cat(names).values()) if names else []
+
+
 @pytest.fixture(scope="module")
-def object_store():
-    """The proxy before a store of objects that speaks S3's protocol."""
+def store():
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     port = server.get_host_and_port()[1]
     with FaultyProxy(port) as proxy:
-        yield proxy
+        yield ObjectStore(proxy, port)
     server.stop()
 
 
-def kill_and_continue(bench, home, draw, options, disturbance, env, before_each=lambda: None) -> str:
+@dataclass
+class Elsewhere:
+    """What keeps checkpoints: the options and the environment of a run that uses it, what is done to the process of
+    the run and to the server before each start, and the files that the server holds."""
+
+    options: Callable[[str], list[str]]  # of a name of its own
+    env: dict[str, str]
+    disturbance: Callable
+    disturb_server: Callable[[], None]
+    contents: Callable[[], Iterable[bytes]]
+
+
+def kill_and_continue(bench, home, draw, name: str, elsewhere: Elsewhere) -> str:
     """Kill the run at a random instant, remove its folder, and start the same command again, to the end of the
-    undisturbed run; what became of it."""
+    undisturbed run; what became of it. No secret is in any file, here or elsewhere."""
+
+    def start():
+        elsewhere.disturb_server()
+        return bench.start(home, elsewhere.disturbance, options=options, env=elsewhere.env)
+
     for attempt in itertools.count():  # a run that had ended was not killed: another instant
-        options_now = [option.replace("ATTEMPT", str(attempt)) for option in options]
-        before_each()
-        job = bench.start(home, disturbance, options=options_now, env=env)
+        options = elsewhere.options(f"{name}-{attempt}")
+        job = start()
         job.wait_for_cpu(bench.instant(draw))
         job.kill()
         reached, said = last_step(job), job.text
-        assert not [secret for secret in SECRETS if find_in_files(home, secret)]
+        assert_no_secret(home, elsewhere)
         shutil.rmtree(home)
         if job.status == -signal.SIGKILL:
             break
-    before_each()
-    again = bench.start(home, disturbance, options=options_now, env=env)
+    again = start()
     assert again.wait() == 0, again.text
     bench.compare(home, bench.reference)
-    assert not [secret for secret in SECRETS if find_in_files(home, secret)]
+    assert_no_secret(home, elsewhere)
     kept = [line for line in said.splitlines() if " is kept at " in line]
     fetched = [line for line in again.text.splitlines() if line.startswith("Fetched step")]
     assert fetched or not kept, f"{said}\n{again.text}"
@@ -66,15 +101,16 @@ def kill_and_continue(bench, home, draw, options, disturbance, env, before_each=
     return f"{reached}; {what}; {troubles} lines of trouble"
 
 
-def find_in_files(folder, secret: str) -> list:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return [path for path in files if secret.encode() in path.read_bytes()]
+def assert_no_secret(home: Path, elsewhere: Elsewhere) -> None:
+    files = [path.read_bytes() for path in home.rglob("*") if path.is_file()]  # what it printed is in two of them
+    assert len(files) >= 2
+    for content in (*files, *elsewhere.contents()):
+        assert not [secret for secret in SECRETS if secret.encode() in content]
 
 
 @pytest.mark.parametrize("number", campaign(range(10), short=1))
 def test_a_run_whose_disk_is_lost_goes_on_from_the_hub(bench, home, draw, record_fault, hub_server, number):
     """SIGKILL at a random instant and the folder lost, continued from a Hub that fails, stalls and cuts"""
-    repo = f"tester/lost-{number}-ATTEMPT"
 
     def disturb_server() -> None:
         hub_server.faults.clear()
@@ -85,29 +121,37 @@ def test_a_run_whose_disk_is_lost_goes_on_from_the_hub(bench, home, draw, record
             )
             hub_server.fault(pattern, times=draw.randrange(1, 3), **kind)
 
-    options = ["--push_to_hub", "--hub_model_id", repo, "--hub_strategy", "checkpoint"]
-    what = kill_and_continue(
-        bench, home, draw, options, partial(use_hub, hub_server.url), {"HF_TOKEN": TOKEN}, disturb_server
+    elsewhere = Elsewhere(
+        lambda name: ["--push_to_hub", "--hub_model_id", f"tester/{name}", "--hub_strategy", "checkpoint"],
+        {"HF_TOKEN": TOKEN},
+        partial(use_hub, hub_server.url),
+        disturb_server,
+        lambda: (file.read_bytes() for file in hub_server.storage.iterdir()),
     )
-    record_fault(what)
+    record_fault(kill_and_continue(bench, home, draw, f"lost-{number}", elsewhere))
 
 
 @pytest.mark.parametrize("number", campaign(range(10), short=1))
-def test_a_run_whose_disk_is_lost_goes_on_from_a_store_of_objects(
-    bench, home, draw, record_fault, object_store, number
-):
+def test_a_run_whose_disk_is_lost_goes_on_from_a_store_of_objects(bench, home, draw, record_fault, store, number):
     """SIGKILL at a random instant and the folder lost, continued from S3's protocol over connections that break"""
-    import boto3
-
-    boto3.client(
-        "s3", endpoint_url=object_store.url, region_name="us-east-1",
-        aws_access_key_id="x", aws_secret_access_key="x",
-    ).create_bucket(Bucket=BUCKET)  # fmt: skip
 
     def disturb_connections() -> None:
         kinds = [Trouble(cut=0), Trouble(cut=draw.randrange(1, 60_000)), Trouble(delay=0.2), Trouble()]
-        object_store.trouble([draw.choice(kinds) for _ in range(12)])
+        store.proxy.trouble([draw.choice(kinds) for _ in range(12)])
 
-    options = ["--checkpoint_mirror", f"s3://{BUCKET}/runs/{number}-ATTEMPT"]
-    env = S3_KEYS | {"AWS_ENDPOINT_URL": object_store.url, "AWS_DEFAULT_REGION": "us-east-1"}
-    record_fault(kill_and_continue(bench, home, draw, options, impatient, env, disturb_connections))
+    elsewhere = Elsewhere(
+        lambda name: ["--checkpoint_mirror", f"s3://{BUCKET}/runs/{name}"],
+        store.env,
+        impatient,
+        disturb_connections,
+        store.contents,
+    )
+    record_fault(kill_and_continue(bench, home, draw, f"lost-{number}", elsewhere))
+
+
+def test_a_bucket_that_is_not_there_or_may_not_be_used_is_found_before_the_plan(bench, home, store):
+    for address, env in ((f"s3://no-{BUCKET}/x", {}), (f"s3://{BUCKET}/x", WITHOUT_KEYS)):
+        job = bench.start(home, options=["--checkpoint_mirror", address], env=store.env | env)
+        assert job.wait() == 2, job.text
+        assert job.errors.read_text().startswith(f"error: checkpoint_mirror: {address} "), job.text
+        assert job.errors.read_text().count("\n") == 1 and not list(home.rglob("recipe.yaml"))

@@ -221,12 +221,12 @@ def test_a_damaged_one_is_passed_over_with_a_line_but_never_for_a_new_start(
     remote.fetch_newer(recipe)
     assert remote.newest_step(Path(recipe.output_dir)) == 8
     printed = capsys.readouterr().out
-    assert "The checkpoint of step 12 at file://" in printed and "going on without it" in printed
+    assert "the checkpoint of step 12 at file://" in printed and "going on without it" in printed
     assert printed.count("trying again") == len(remote.FETCH_PAUSES)
 
     shutil.rmtree(recipe.output_dir)
     damage(recipe, 8)
-    with pytest.raises(RunFailed, match=r"state\.json is altered.*never begins anew"):
+    with pytest.raises(RunFailed, match=r"state\.json is altered.*or begin anew by resume_from_checkpoint: never"):
         remote.fetch_newer(recipe)
     assert not list(Path(recipe.output_dir).rglob("*.json"))
     remote.fetch_newer(dataclasses.replace(recipe, resume_from_checkpoint="never"))
@@ -289,7 +289,7 @@ def start(warm, tiny_recipe, server: HubServer, home: Path, *disturbances, optio
 def test_a_killed_run_goes_on_from_the_hub_in_an_empty_folder(warm, tiny_recipe, finished, server, tmp_path):
     first = start(warm, tiny_recipe, server, tmp_path / "a", partial(at_step, 11, kill_myself))
     assert first.wait() == -signal.SIGKILL
-    assert "is private; hub_strategy checkpoint" in first.text
+    assert "is private: hub_strategy checkpoint" in first.text
     repository = server.repository(REPO)
     second = start(warm, tiny_recipe, server, tmp_path / "b")
     assert second.wait() == 0, second.text
@@ -316,7 +316,7 @@ def test_a_hub_that_is_gone_stops_no_training_and_lets_none_begin_anew(warm, tin
     fault = server.fault("/api/models/tester/outage/revision/*", times=math.inf, status=503)
     refused = start(warm, tiny_recipe, server, tmp_path / "a", options=options)
     assert refused.wait() == 1, refused.text
-    assert "error: tester/outage on the Hub cannot be asked for a checkpoint: 503" in refused.text
+    assert "error: hub_model_id: tester/outage on the Hub cannot be asked for a checkpoint: 503" in refused.text
     assert "Traceback" not in refused.text and not list(tmp_path.rglob("recipe.yaml"))
 
     fault.times = 0

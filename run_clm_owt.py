@@ -34,7 +34,7 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
         from clm_owt.planning import disks, plan
         from clm_owt.remote import checkpoints as remote
         from clm_owt.tracking.run_log import RunLog
-        from clm_owt.training import launch, micro_batch_search, processes, run_folder, trainer
+        from clm_owt.training import launch, micro_batch_search, processes, run_folder, task_evaluation, trainer
 
     folder = Path(recipe.output_dir)
     with contextlib.ExitStack() as stack:
@@ -51,6 +51,8 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
             return
         if not plan_only:
             group.say(*group.on_main(hub.check_repository, recipe), *group.on_main(remote.check_places, recipe))
+            tasks = task_evaluation.TaskEvaluation(recipe, group)
+            group.say(*tasks.lines)
 
         # Data: one builder a machine writes the token store, every process reads it.
         source = group.on_main(sources.resolve_source, existing.pin_data(recipe))
@@ -86,7 +88,7 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
         training = (trainer_class or trainer.Trainer)(
             recipe, the_plan, model=model, tokenizer=tokenizer, store=store, blocks=blocks, hardware=hardware,
             accelerator=accelerator, processes=group, stop=stop, log=log, report=report, existing=existing,
-            found=found, on_saved=[kept.saved, uploads.saved], after_row=check.print_new_lines,
+            found=found, tasks=tasks, on_saved=[kept.saved, uploads.saved], after_row=check.print_new_lines,
         )  # fmt: skip
         report.begin(training.state.step, the_plan.total_steps)
         log.start(training.state, config=recipe.to_dict() | the_plan.to_dict())

@@ -152,6 +152,9 @@ class Recipe:
     save_total_limit: int = key("checkpoints kept", 2, at_least(1))
     # evaluation
     milestones: Mapping[int, float] | None = key("published validation losses, by tokens trained on", None)
+    eval_tasks: tuple[str, ...] = key("zero-shot tasks of lm-evaluation-harness (extra [eval])", ())
+    eval_tasks_steps: int | None = key("steps between them; none: eval_steps", None, at_least(1))
+    eval_task_folder: str | None = key("task definitions (YAML) of your own, beside the built-in", None)
     # samples
     sample_prompts: tuple[str, ...] = key("prompts to continue", DEFAULT_PROMPTS)
     sample_max_new_tokens: int = key("tokens per sample", 100, at_least(1))

@@ -361,6 +361,7 @@ def combination_problems(values: dict[str, Any], broken: set[str]) -> list[str]:
         *model_problems(get),
         *optimiser_problems(get),
         *length_problems(get, broken),
+        *task_problems(get),
         *output_problems(get),
     ]
 
@@ -473,6 +474,23 @@ def length_problems(get: Get, broken: set[str]) -> list[str]:
         steps = int(epochs * get("expected_train_blocks") / batch)
     if steps is not None:
         problems += schedule_problems(steps, get("warmup_steps"), get("learning_rate"), get("allow_incomplete_warmup"))
+    return problems
+
+
+def task_problems(get: Get) -> list[str]:
+    """Zero-shot tasks, as far as can be seen without loading them."""
+    problems = []
+    tasks, folder = get("eval_tasks"), get("eval_task_folder")
+    if tasks and importlib.util.find_spec("lm_eval") is None:
+        problems.append(
+            f"eval_tasks: {show(tasks)} needs lm_eval, which is not installed; pip install 'clm_owt[eval]', or set it "
+            "to none"
+        )
+    for name in ("eval_tasks_steps", "eval_task_folder"):
+        if get(name) and not tasks:
+            problems.append(f"{name}: {get(name)!r} is read with eval_tasks only; name some, or remove it")
+    if folder and not Path(folder).is_dir():
+        problems.append(f"eval_task_folder: {folder!r} is no folder; expected one with task definitions (YAML)")
     return problems
 
 

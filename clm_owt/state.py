@@ -11,7 +11,8 @@ class TrainState:
     position: int = 0
     tokens: int = 0
     micro_batch: int = 0
-    validated_step: int = -1  # the last step after which was validated, and sampled
+    validated_step: int = -1  # the last step after which was validated, evaluated on tasks, and sampled
+    tasks_step: int = -1
     sampled_step: int = -1
     validation_loss: float | None = None  # of `validated_step`
     best_validation_loss: float | None = None

@@ -50,9 +50,8 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     say = (lambda text: None) if options.json else functools.partial(print, flush=True)
     model, tokenizer = load_trained(options.model, options.revision)
     if options.tasks:
-        results = zero_shot.evaluate_tasks(
-            model, tokenizer, options.tasks, options.task_folder, options.batch_size, options.limit
-        )
+        tasks = zero_shot.ZeroShotTasks(options.tasks, options.task_folder, key="--tasks")
+        results = tasks.evaluate(model, tokenizer, batch_size=options.batch_size, limit=options.limit)
         say(zero_shot.results_table(results))
         return results
     if options.recipe:

@@ -226,6 +226,8 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ({"warmup_steps": "10"}, "the rate would stop at 0.001"),
         ({"report_to": "mlflow"}, "expected any of wandb, tensorboard, trackio"),
         ({"sample_steps": "5", "sample_prompts": "none"}, "needs sample_prompts"),
+        ({"eval_tasks_steps": "5"}, "is read with eval_tasks only"),
+        ({"eval_task_folder": str(ROOT)}, "is read with eval_tasks only"),
         ({"push_to_hub": "true"}, "needs hub_model_id"),
         ({"hub_strategy": "always"}, "expected one of end, every_save"),
         ({"resume_from_checkpoint": "/nowhere"}, "expected auto, never or a checkpoint"),
@@ -237,6 +239,19 @@ def test_a_value_that_cannot_work_is_refused_with_what_would(changes, expected):
     assert len(found) == 1, found
     assert expected in found[0]
     assert any(name in found[0] for name in changes) or "total steps" in found[0]
+
+
+def test_tasks_without_the_harness_are_refused_with_what_installs_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    [problem] = problems(words(eval_tasks="hellaswag"))
+    assert problem.startswith(
+        "eval_tasks: hellaswag needs lm_eval, which is not installed; pip install 'clm_owt[eval]'"
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "found")
+    recipe = load_recipe(words(eval_tasks="hellaswag", eval_task_folder=str(ROOT)))
+    assert recipe.eval_tasks == ("hellaswag",) and "eval_tasks" not in recipe.run_name
+    [problem] = problems(words(eval_tasks="hellaswag", eval_task_folder="nowhere"))
+    assert problem.startswith("eval_task_folder: 'nowhere' is no folder; expected one with task definitions")
 
 
 def test_an_incomplete_warmup_is_taken_when_the_recipe_says_so():

@@ -103,15 +103,17 @@ class GPT2ForPretraining(GPT2LMHeadModel):
         `state_dict` (default: this model's) is the whole state, as `accelerator.get_state_dict` gives it."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         state_dict = {name.replace("_orig_mod.", ""): tensor for name, tensor in state_dict.items()}
-        state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
+        self.exported(state_dict).save_pretrained(save_directory, **kwargs)
 
+    def exported(self, state_dict: dict[str, Tensor]) -> GPT2LMHeadModel:
+        """The model that is saved, with these tensors as its own: what `from_pretrained` gives of it."""
         config = GPT2Config.from_dict(self.config.to_dict() | {"activation_function": EXPORTED_ACTIVATION})
         with torch.device("meta"):
             model = GPT2LMHeadModel(config)
-        model.load_state_dict(state_dict, assign=True)
+        model.load_state_dict(state_dict | {"lm_head.weight": state_dict["transformer.wte.weight"]}, assign=True)
         model.tie_weights()
         model.generation_config = self.generation_config
-        model.save_pretrained(save_directory, **kwargs)
+        return model.eval()
 
 
 def model_config(recipe: Recipe, vocab_size: int, eos_token_id: int) -> GPT2Config:

@@ -116,7 +116,7 @@ def standing_without_state(folder: Path) -> Standing:
         state = STARTING if alive else DEAD
         return Standing(str(folder), state, remark=str(holder) if alive else str(error))
     metrics = folder / "metrics.jsonl"
-    trained, _ = split_rows(read_metrics(metrics))
+    trained, *_ = split_rows(read_metrics(metrics))
     return Standing(
         run=str(folder),
         state=FINISHED if "finished" in plan else RUNNING if alive else STOPPED,

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import yaml
 from clm_owt.errors import InputError
 
 Row = dict[str, Any]
+
+SPLITS = ("train", "validation", "tasks")  # of the rows of metrics.jsonl
 
 # The fields of a row that are about time and machine: two runs of one recipe agree in all others.
 TIMING_FIELDS = ("tokens_per_second", "mfu", "step_seconds", "data_seconds", "elapsed_seconds")
@@ -62,12 +64,17 @@ def read_metrics(path: Path) -> list[Row]:
     return rows
 
 
-def split_rows(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
-    """The training rows, and the validation rows."""
-    by_split = {"train": [], "validation": []}
+def split_rows(rows: Iterable[Row]) -> tuple[list[Row], list[Row], list[Row]]:
+    """The training rows, the validation rows, and those of zero-shot tasks."""
+    by_split: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for row in rows:
         by_split[row["split"]].append(row)
-    return by_split["train"], by_split["validation"]
+    return tuple(by_split.values())
+
+
+def task_metrics(row: Row) -> list[tuple[str, float]]:
+    """The metrics of a row of zero-shot tasks, each with its name `<task>/<metric>`."""
+    return [(name, value) for name, value in row.items() if "/" in name]
 
 
 def read_samples(path: Path) -> dict[int, str]:
@@ -78,8 +85,8 @@ def read_samples(path: Path) -> dict[int, str]:
 
 
 def last_steps(folder: Path) -> dict[str, int]:
-    """The last step in a run's files, of `train` and `validation` rows and of `samples`; -1 where there is none."""
-    last = {"train": -1, "validation": -1, "samples": max(read_samples(folder / "samples.md"), default=-1)}
+    """The last step in a run's files, of the rows of each split and of `samples`; -1 where there is none."""
+    last = dict.fromkeys(SPLITS, -1) | {"samples": max(read_samples(folder / "samples.md"), default=-1)}
     for row in read_metrics(folder / "metrics.jsonl"):
         last[row["split"]] = max(last[row["split"]], row["step"])
     return last
@@ -96,20 +103,21 @@ class RunRecord:
     train: list[Row]
     validation: list[Row]
     samples: dict[int, str]
+    tasks: list[Row] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path) -> "RunRecord":
         """Raises InputError where the folder holds no run."""
         recipe, plan = read_recipe(folder), read_plan(folder)
-        train, validation = split_rows(read_metrics(folder / "metrics.jsonl"))
+        train, validation, tasks = split_rows(read_metrics(folder / "metrics.jsonl"))
         samples = read_samples(folder / "samples.md")
-        return cls(folder, folder.resolve().name, recipe, plan, train, validation, samples)
+        return cls(folder, folder.resolve().name, recipe, plan, train, validation, samples, tasks)
 
     def until(self, step: int) -> "RunRecord":
         """The record as it was after `step`."""
-        train, validation = ([row for row in rows if row["step"] <= step] for rows in (self.train, self.validation))
+        rows = {split: [row for row in getattr(self, split) if row["step"] <= step] for split in SPLITS}
         samples = {number: text for number, text in self.samples.items() if number <= step}
-        return replace(self, train=train, validation=validation, samples=samples)
+        return replace(self, **rows, samples=samples)
 
     @property
     def marks(self) -> list[tuple[int, str]]:

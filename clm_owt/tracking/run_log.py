@@ -109,6 +109,11 @@ class RunLog:
             self._trackers.summary({"best_validation_loss": self._best_loss})
             self._curves.redraw()
 
+    def tasks_row(self, row: dict[str, object]) -> None:
+        """Add a row of the zero-shot tasks: `<task>/<metric>` beside its step and tokens."""
+        if self._is_main:
+            self._add_row("tasks", row)
+
     def samples(self, step: int, prompts: Sequence[str], continuations: Sequence[str]) -> None:
         """Add the continuations of the prompts after `step` to samples.md and the trackers, and print their heads."""
         if not self._is_main:
@@ -160,12 +165,13 @@ def memory_used() -> str:
 
 def cut_back_metrics(path: Path, state: TrainState) -> None:
     """Drop the rows of metrics.jsonl that lie after `state`, so that a resumed run never writes a step twice."""
+    kept = {"train": state.step, "validation": state.validated_step, "tasks": state.tasks_step}
 
     def is_kept(line: str) -> bool:
         if not line.endswith("\n"):
             return False
         row = json.loads(line)
-        return row["step"] <= (state.step if row["split"] == "train" else state.validated_step)
+        return row["step"] <= kept[row["split"]]
 
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     while lines and not is_kept(lines[-1]):

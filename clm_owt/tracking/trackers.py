@@ -77,8 +77,8 @@ class Trackers:
         self._handed_over: dict[str, int] = {}  # the last step, by kind of row
 
     def start(self, state: TrainState, config: dict[str, object], written: dict[str, int]) -> None:
-        """Begin, or continue, the run at each tracker. `written` is the last step of the train and validation rows and
-        of the samples that the run's files held before they were cut back to `state`."""
+        """Begin, or continue, the run at each tracker. `written` is the last step of the rows of each split and of
+        the samples that the run's files held before they were cut back to `state`."""
         for name in self._recipe.report_to:
             try:
                 self._running[name] = pkgutil.resolve_name(TRACKERS[name])(self._recipe, self._say)
@@ -89,7 +89,7 @@ class Trackers:
             self._each(lambda name, tracker: tracker.start(state.tracker_ids[name], config, name in begun))
 
     def row(self, kind: str, row: dict[str, object]) -> None:
-        """A row of metrics.jsonl, of `kind` train or validation."""
+        """A row of metrics.jsonl, of `kind` train, validation or tasks."""
         step = row["step"]
         if step <= self._handed_over.get(kind, -1):
             return
@@ -121,7 +121,8 @@ class Trackers:
         if self._path.exists():
             record = json.loads(self._path.read_text(encoding="utf-8"))
         ids, self._handed_over = record["ids"], record["handed_over"]
-        for kind, step in (*written.items(), ("train", state.step), ("validation", state.validated_step)):
+        reached = {"train": state.step, "validation": state.validated_step, "tasks": state.tasks_step}
+        for kind, step in (*written.items(), *reached.items()):
             self._handed_over[kind] = max(step, self._handed_over.get(kind, -1))
         ids |= state.tracker_ids
         begun = set(ids)

@@ -1,6 +1,7 @@
 """The processes of a run: what they do together, and what they must agree on."""
 
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -177,6 +178,38 @@ class Processes:
             result = results[0]
         if isinstance(result, (InputError, RunFailed)):
             raise result if self.is_main else SystemExit(2 if isinstance(result, InputError) else 1)
+        return result
+
+    def by_main(self, work: Callable[[Callable[[], None]], T], stop: StopRequest) -> T | None:
+        """What `work(check)` gives on the main process; None on the others, which wait for it however long it takes.
+        Collective.
+
+        `work` calls `check` often. At most once a second the processes agree there whether any was told to stop; if
+        so, all raise Stopped together. A main process that is not heard of for PATIENCE is given up.
+        """
+
+        def agree(working: bool) -> bool:
+            """Whether the main process still works."""
+            answers = self.gather((working, stop.signum))
+            signum = next((signum for _, signum in answers if signum is not None), None)
+            if signum is not None:
+                raise Stopped(signum)
+            return answers[0][0]
+
+        if not self.is_main:
+            while agree(working=True):
+                pass
+            return None
+        agreed = time.monotonic()
+
+        def check() -> None:
+            nonlocal agreed
+            if time.monotonic() - agreed > 1.0:
+                agree(working=True)
+                agreed = time.monotonic()
+
+        result = work(check)
+        agree(working=False)
         return result
 
     def refuse(self, message: str) -> NoReturn:

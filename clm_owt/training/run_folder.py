@@ -27,7 +27,7 @@ from clm_owt.model.gpt2 import GPT2ForPretraining
 from clm_owt.planning.devices import Hardware
 from clm_owt.planning.plan import Plan
 from clm_owt.recipe import FREE_IN_A_BRANCH, REMOVED_KEYS, Recipe, default_of, show
-from clm_owt.reports.record import read_metrics, read_plan, read_recipe, split_rows
+from clm_owt.reports.record import read_metrics, read_plan, read_recipe, split_rows, task_metrics
 from clm_owt.state import TrainState
 from clm_owt.training.checkpoint import copy_to_host, find_corruption, find_newest
 from clm_owt.training.micro_batch_search import MicroBatchSearch
@@ -310,7 +310,7 @@ def summarize(folder: Path) -> list[str]:
     """How a finished run went, from its folder."""
     plan = read_plan(folder)
     metrics = folder / "metrics.jsonl"
-    trainings, validations = split_rows(read_metrics(metrics))
+    trainings, validations, tasks = split_rows(read_metrics(metrics))
     head = f"Finished {folder.name}: {plan['total_steps']} steps, "
     head += f"{plan['total_steps'] * plan['tokens_per_step']:,} tokens in {format_clock(plan['elapsed_seconds'])}"
     if trainings and validations:
@@ -324,6 +324,8 @@ def summarize(folder: Path) -> list[str]:
     else:
         lines = [head, f"  {metrics} is missing or holds no rows: losses and speed are not known"]
     lines += baseline_lines(plan.get("baselines"))
+    if tasks:
+        lines.append(f"  zero-shot: {', '.join(f'{name} {value:.4g}' for name, value in task_metrics(tasks[-1]))}")
     lines.append(f"  model in {folder / 'model'}" + (f", metrics in {metrics}" if metrics.exists() else ""))
     if (folder / "samples.md").exists():
         lines.append(f"  samples in {folder / 'samples.md'}")

@@ -1,4 +1,4 @@
-"""The training loop: evaluate, sample, save, step, log."""
+"""The training loop: validate, evaluate tasks, sample, save, step, log."""
 
 import contextlib
 import functools
@@ -19,6 +19,7 @@ from clm_owt.console import waiting
 from clm_owt.data.order import TrainingBlocks
 from clm_owt.data.token_store import TokenStore
 from clm_owt.errors import RunFailed
+from clm_owt.formatting import format_duration
 from clm_owt.model.gpt2 import GPT2ForPretraining
 from clm_owt.model.losses import LossStatistics, perplexity
 from clm_owt.model.sampling import sample
@@ -47,6 +48,7 @@ from clm_owt.training.optim import (
 )
 from clm_owt.training.processes import DoesNotFit, Processes, full_tensor
 from clm_owt.training.run_folder import ExistingRun
+from clm_owt.training.task_evaluation import TaskEvaluation
 from clm_owt.training.validation import evaluate
 
 T = TypeVar("T")
@@ -96,6 +98,7 @@ class Trainer:
         report: RunReport,
         existing: ExistingRun,
         found: MicroBatchSearch,
+        tasks: TaskEvaluation,
         on_saved: Sequence[Callable[[Path], None]] = (),
         after_row: Callable[[], None] = lambda: None,
     ):
@@ -111,6 +114,7 @@ class Trainer:
         self.stop = stop
         self.log = log
         self.report = report
+        self.tasks = tasks
         self.after_row = after_row
         self.throughput = Throughput.of(plan, recipe, hardware)
         self.contention = Contention() if hardware.device_type == "cpu" else None
@@ -154,11 +158,7 @@ class Trainer:
         saved, taken = done_at_step(state), False
         try:
             while True:
-                if self.due(self.recipe.eval_steps) and state.validated_step < state.step:
-                    with contextlib.nullcontext() if state.step else waiting("validation before the first step"):
-                        self.validate()
-                if self.due(self.recipe.sample_steps) and state.sampled_step < state.step:
-                    self.write_samples()
+                self.evaluate_where_due()
                 # While numbers go wrong the last checkpoint stays one from before.
                 sound = state.not_finite_in_a_row == 0 or state.step == last
                 if self.due(self.recipe.save_steps) and state.step > 0 and sound and done_at_step(state) != saved:
@@ -200,6 +200,18 @@ class Trainer:
     def elapsed(self) -> float:
         """Seconds that the training has taken so far, with all that it does between steps, over all sessions."""
         return time.monotonic() - self.began
+
+    def evaluate_where_due(self) -> None:
+        """Validate, evaluate the tasks and sample after the last step taken, what is due there and not done."""
+        recipe, state = self.recipe, self.state
+        if self.due(recipe.eval_steps) and state.validated_step < state.step:
+            with contextlib.nullcontext() if state.step else waiting("validation before the first step"):
+                self.validate()
+        tasks_due = bool(recipe.eval_tasks) and self.due(recipe.eval_tasks_steps or recipe.eval_steps)
+        if tasks_due and state.tasks_step < state.step:
+            self.evaluate_tasks()
+        if self.due(recipe.sample_steps) and state.sampled_step < state.step:
+            self.write_samples()
 
     def due(self, interval: int | None) -> bool:
         """Whether what is done every `interval` steps, and at the end, is to be done after the last step taken."""
@@ -403,6 +415,16 @@ class Trainer:
         words += [milestones.compare(tokens, published, loss) for tokens, published in reached.items()]
         self.log.say("; ".join(words))
 
+    def evaluate_tasks(self) -> None:
+        """The recipe's zero-shot tasks, as a row of their own."""
+        state, began = self.state, time.monotonic()
+        what = f"zero-shot tasks after step {state.step}"
+        metrics = self.tasks.evaluate(self.model, self.tokenizer, self.stop, what)
+        state.tasks_step = state.step
+        self.log.tasks_row({"step": state.step, **metrics, "tokens": state.tokens})
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.log.say(f"step {state.step}: {shown} ({format_duration(time.monotonic() - began)})")
+
     def write_samples(self) -> None:
         """Continue the recipe's prompts. Each step has its own seed, so that samples of one step do not depend on
         others. Every process samples where the parameters are sharded, since the forward pass is collective there."""
@@ -513,9 +535,9 @@ class Trainer:
         self.log.exported()
 
 
-def done_at_step(state: TrainState) -> tuple[int, int, int]:
-    """Tells a checkpoint from one of the same step that a stop left before its validation or samples."""
-    return state.step, state.validated_step, state.sampled_step
+def done_at_step(state: TrainState) -> tuple[int, ...]:
+    """Tells a checkpoint from one of the same step that a stop left before its validation, tasks or samples."""
+    return state.step, state.validated_step, state.tasks_step, state.sampled_step
 
 
 def to_device(blocks: np.ndarray, device: torch.device) -> torch.Tensor:

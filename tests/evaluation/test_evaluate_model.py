@@ -9,27 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.local_tasks import LOCAL_ROWS, write_local_tasks
 from support.runs import PYTHON, ROOT, run, timeless_metrics
 
 from clm_owt.reports.record import read_metrics
 
 pytestmark = pytest.mark.xdist_group("evaluate model")  # its run is shared
-
-TASK = """\
-task: tiny_choices
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: ["yes", "no"]
-doc_to_target: answer
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-"""
 
 
 @pytest.fixture(scope="module")
@@ -136,35 +121,6 @@ def test_the_least_top_k_top_p_or_temperature_takes_the_likeliest_token_whatever
     assert len(texts) == 1
 
 
-# The tasks that GPT-2 is judged by, as lm-evaluation-harness defines them, but for the place of their data.
-LOCAL_TASK = """\
-include: {definition}
-task: local_{task}
-dataset_path: json
-dataset_name: null
-dataset_kwargs:
-  data_files: {{train: {data}, validation: {data}, test: {data}}}
-"""
-LOCAL_ROWS = {
-    "lambada/lambada_openai": {"text": "Returns the sum of the values, and nothing but the sum"},
-    "wikitext/wikitext": {"page": " = Title = \n A list of values , each with a name . \n"},
-    "hellaswag/hellaswag": {
-        "activity_label": "Sorting",
-        "ctx_a": "The values are read.",
-        "ctx_b": "they",
-        "endings": ["are sorted.", "sleep.", "sing.", "are blue."],
-        "label": "0",
-    },
-    "piqa/piqa": {"goal": "Sort a list", "sol1": "call sorted", "sol2": "call the police", "label": 0},
-}
-
-
-def write_rows(path: Path, rows: list[dict]) -> str:
-    """As JSON lines; the file's name as YAML takes it."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return json.dumps(str(path))
-
-
 @pytest.mark.parametrize("way", ["run", "run without its end", "checkpoint"])
 def test_a_run_and_its_checkpoints_are_sampled_and_evaluated_like_its_model(trained, script, tmp_path, way):
     run_folder = trained
@@ -194,21 +150,11 @@ def test_a_damaged_checkpoint_is_not_sampled(trained, script, tmp_path):
 
 @pytest.mark.tasks
 def test_zero_shot_tasks_run_on_local_data(trained, script, tmp_path):
-    import lm_eval
     import torch.nn.functional as F
 
     from clm_owt.training.trained_model import load_trained
 
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    data = write_rows(tmp_path / "choices.jsonl", [{"question": f"Is {n} even?", "answer": n % 2} for n in range(8)])
-    (folder / "tiny_choices.yaml").write_text(TASK.format(data=data))
-    names = ["tiny_choices"]
-    for task, row in LOCAL_ROWS.items():
-        definition, task = Path(lm_eval.__file__).parent / f"tasks/{task}.yaml", Path(task).name
-        data = write_rows(tmp_path / f"{task}.jsonl", [row] * 3)
-        (folder / f"local_{task}.yaml").write_text(LOCAL_TASK.format(definition=definition, task=task, data=data))
-        names.append(f"local_{task}")
+    folder, names = write_local_tasks(tmp_path)
     arguments = ["--model", trained / "model", "--tasks", *names, "--task_folder", folder, "--json"]
     result = script("evaluate_model.py", *arguments)
     assert result.returncode == 0, result.stderr

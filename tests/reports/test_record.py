@@ -4,13 +4,22 @@ import pytest
 import yaml
 
 from clm_owt.errors import InputError
-from clm_owt.reports.record import RunRecord, last_steps, read_metrics, read_plan, read_recipe, split_rows
+from clm_owt.reports.record import (
+    RunRecord,
+    last_steps,
+    read_metrics,
+    read_plan,
+    read_recipe,
+    split_rows,
+    task_metrics,
+)
 
 ROWS = [
     {"step": 0, "split": "validation"},
     {"step": 1, "split": "train", "micro_batch": 8},
     {"step": 2, "split": "train", "micro_batch": 4},
     {"step": 2, "split": "validation"},
+    {"step": 2, "split": "tasks", "hellaswag/acc": 0.25, "tokens": 64},
     {"step": 3, "split": "train", "micro_batch": 4},
 ]
 
@@ -26,13 +35,14 @@ def folder(tmp_path):
 
 def test_a_torn_last_line_is_left_out(folder):
     assert read_metrics(folder / "metrics.jsonl") == ROWS
-    assert split_rows(ROWS) == ([ROWS[1], ROWS[2], ROWS[4]], [ROWS[0], ROWS[3]])
-    assert last_steps(folder) == {"train": 3, "validation": 2, "samples": 3}
+    assert split_rows(ROWS) == ([ROWS[1], ROWS[2], ROWS[5]], [ROWS[0], ROWS[3]], [ROWS[4]])
+    assert last_steps(folder) == {"train": 3, "validation": 2, "tasks": 2, "samples": 3}
 
 
 def test_a_record_holds_what_the_folder_does(folder):
     run = RunRecord.read(folder)
-    assert (run.name, run.train, run.validation) == (folder.name, [ROWS[1], ROWS[2], ROWS[4]], [ROWS[0], ROWS[3]])
+    assert (run.name, run.train, run.validation) == (folder.name, [ROWS[1], ROWS[2], ROWS[5]], [ROWS[0], ROWS[3]])
+    assert run.tasks == [ROWS[4]] and task_metrics(ROWS[4]) == [("hellaswag/acc", 0.25)]
     assert run.samples == {1: "**A** b", 3: "**A** c"}
     assert run.marks == [(1, "micro-batch 8 → 4"), (2, "resumed")]
 

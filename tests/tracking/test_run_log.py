@@ -33,6 +33,15 @@ def test_a_validation_that_was_not_finished_is_repeated(tmp_path):
     assert read_metrics(path) == all_rows[:2]
 
 
+def test_tasks_after_those_that_were_saved_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    all_rows = rows((3, "train"), (3, "validation"), (3, "tasks"))
+    path.write_text("".join(json.dumps(row) + "\n" for row in all_rows))
+    for tasks_step, kept in ((3, 3), (0, 2)):
+        cut_back_metrics(path, TrainState(step=3, validated_step=3, tasks_step=tasks_step))
+        assert read_metrics(path) == all_rows[:kept]
+
+
 def test_samples_after_the_resumed_step_are_dropped(tmp_path):
     path = tmp_path / "samples.md"
     path.write_text("## Step 2\n\n**A** b\n\n## Step 4\n\n**A** c\n")

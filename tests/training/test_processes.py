@@ -1,6 +1,9 @@
 """The agreement on an attempt, for one process; test_batch_contract.py and tests/faults/ have it for several."""
 
 import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -77,3 +80,54 @@ def test_what_a_failed_attempt_held_is_freed_before_the_next():
         Alone().attempt(work, stop())
     assert raised.value.__context__ is None
     assert held[0]() is None
+
+
+class Together(Processes):
+    """One of several processes, which are threads here."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, answers: list[object]):
+        self.rank, self.is_main, self.count = rank, rank == 0, barrier.parties
+        self._barrier, self._answers = barrier, answers
+
+    def gather(self, value: object) -> list[object]:
+        self._answers[self.rank] = value
+        self._barrier.wait(10)
+        answers = list(self._answers)
+        self._barrier.wait(10)
+        return answers
+
+
+def by_main_of_two(work, requests: list[SimpleNamespace]) -> list[object]:
+    """What `by_main` gives on each of two processes, or what it raises there."""
+    barrier, answers = threading.Barrier(2), [None, None]
+
+    def call(rank: int) -> object:
+        try:
+            return Together(rank, barrier, answers).by_main(work, requests[rank])
+        except BaseException as error:
+            return error
+
+    with ThreadPoolExecutor(2) as executor:
+        return list(executor.map(call, range(2)))
+
+
+def test_the_main_process_computes_and_the_others_wait_for_it():
+    computed = []
+    assert by_main_of_two(lambda check: computed.append(1) or 7, [stop(), stop()]) == [7, None]
+    assert computed == [1]
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_process_that_is_told_to_stop_while_the_main_one_computes_stops_them_all(told):
+    requests = [stop(), stop()]
+
+    def work(check):
+        requests[told].signum = signal.SIGTERM
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            check()
+            time.sleep(0.01)
+
+    ends = by_main_of_two(work, requests)
+    assert [type(end) for end in ends] == [Stopped, Stopped]
+    assert [end.code for end in ends] == [128 + signal.SIGTERM] * 2

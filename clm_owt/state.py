@@ -23,3 +23,6 @@ class TrainState:
     tracker_ids: dict[str, str] = field(default_factory=dict)
     recent_losses: list[float] = field(default_factory=list)  # what skip_outliers judges by
     recent_grad_norms: list[float] = field(default_factory=list)
+    first_losses: list[float] = field(default_factory=list)  # cross-entropies and gradient norms of the first steps,
+    first_grad_norms: list[float] = field(default_factory=list)  # by which a silent failure is seen
+    symptoms: list[str] = field(default_factory=list)  # the kinds of it that were said

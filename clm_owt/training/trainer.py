@@ -48,6 +48,7 @@ from clm_owt.training.optim import (
 )
 from clm_owt.training.processes import DoesNotFit, Processes, full_tensor
 from clm_owt.training.run_folder import ExistingRun
+from clm_owt.training.silent_failure import UNIGRAM_BLOCKS, SilentFailure, unigram_loss
 from clm_owt.training.task_evaluation import TaskEvaluation
 from clm_owt.training.validation import evaluate
 
@@ -134,6 +135,9 @@ class Trainer:
         self.schedule = build_schedule(
             self.optimizer, recipe.schedule(self.total_steps), completed_steps=self.state.step
         )
+        self.silent_failure = SilentFailure(
+            recipe, self.state.first_losses, self.state.first_grad_norms, self.state.symptoms
+        )
         self.guard = (
             OutlierGuard(self.state.recent_losses, self.state.recent_grad_norms) if recipe.skip_outliers else None
         )
@@ -175,8 +179,9 @@ class Trainer:
                 waited = self.blocks.seconds_waited - waited
                 self.throughput.add(self.tokens_per_step, time.perf_counter() - step_began - waited, waited)
                 self.advance(result)
-                if result.skipped or self.due(self.recipe.logging_steps):
-                    self.log_step(result)
+                symptom = self.watch_for_silent_failure(result)
+                if result.skipped or symptom or self.due(self.recipe.logging_steps):
+                    self.log_step(result, symptom)
                 self.log.advance(state.step)
                 self.report.at_step(state.step, result.statistics.loss)
                 self.check_skipped(result)
@@ -229,6 +234,15 @@ class Trainer:
             state.loss_scale, state.steps_at_loss_scale = next_loss_scale(
                 state.loss_scale, state.steps_at_loss_scale, overflowed
             )
+
+    def watch_for_silent_failure(self, result: StepResult) -> str | None:
+        """What is to be said of the first steps of the run, if anything."""
+
+        def unigram() -> float:
+            return unigram_loss(self.blocks.read(0, min(self.state.position, UNIGRAM_BLOCKS)))
+
+        ce_loss = result.statistics.ce_loss
+        return self.silent_failure.watch(self.state.step, ce_loss, result.grad_norm, unigram)
 
     def check_skipped(self, result: StepResult) -> None:
         """Raises RunFailed after too many steps in a row that were not finite."""
@@ -454,7 +468,7 @@ class Trainer:
         processes.agree_to_stop(stop)
         self.state.sampled_step = step
 
-    def log_step(self, result: StepResult) -> None:
+    def log_step(self, result: StepResult, symptom: str | None) -> None:
         state, statistics = self.state, result.statistics
         row = {
             "step": state.step,
@@ -479,6 +493,9 @@ class Trainer:
                 f"gradient norm {result.grad_norm:.4g}; the weights are as before"
                 + (f", the loss scale is now {state.loss_scale:,g}" if result.skipped == "overflow" else "")
             )
+        if symptom:
+            row["warning"] = symptom
+            self.log.say(f"warning: {symptom}")
         self.log.train_row(row)
         if warning := self.contention and self.contention.warning():
             self.log.say(warning)

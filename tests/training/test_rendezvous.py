@@ -11,6 +11,12 @@ from clm_owt.training import rendezvous
 from clm_owt.training.rendezvous import ROUND, Watch, agree_on_round
 
 
+@pytest.fixture(autouse=True)
+def short_meetings(monkeypatch):
+    """So that processes which do not find each other end the test."""
+    monkeypatch.setattr(rendezvous, "MEETING_SECONDS", 10.0)
+
+
 def rounds_of(store, ranks) -> list:
     """What processes of these ranks, which start in that order, agree on."""
     count = max(ranks) + 1

@@ -4,9 +4,12 @@ import hashlib
 import importlib.util
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+from clm_owt.stopping import StopRequest
 
 pytest_plugins = ["support.hub_fixtures", "support.watched_fixtures", "support.fault_table", "support.gpu_table"]
 
@@ -19,6 +22,16 @@ GPT2_FILES = {  # as OpenAI published them
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One process more than cores: some test is always waiting, for a server, a signal or a pause."""
     return len(os.sched_getaffinity(0)) + 1
+
+
+@pytest.fixture
+def handlers_as_before():
+    """For tests of a StopRequest that ends in Stopped: from then on its process ignores signals, and so would every
+    program that it starts."""
+    before = {signum: signal.getsignal(signum) for signum in StopRequest.SIGNALS}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="session")

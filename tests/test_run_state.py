@@ -12,6 +12,8 @@ from clm_owt.errors import InputError, RunFailed
 from clm_owt.run_state import NAME, RunReport, RunState, leave_if_ended_for_good
 from clm_owt.stopping import Stopped, StopRequest
 
+pytestmark = pytest.mark.usefixtures("handlers_as_before")
+
 
 @pytest.fixture
 def folder(tmp_path):

@@ -12,13 +12,7 @@ from clm_owt.console import print_lines
 from clm_owt.errors import disk_is_full
 from clm_owt.stopping import Deadline, Stopped, StopRequest
 
-
-@pytest.fixture(autouse=True)
-def handlers_as_before():
-    before = {signum: signal.getsignal(signum) for signum in StopRequest.SIGNALS}
-    yield
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
+pytestmark = pytest.mark.usefixtures("handlers_as_before")
 
 
 def send(signum: int) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from clm_owt.errors import InputError
+from clm_owt.model.cpu_attention import ATTENTION
 from clm_owt.model.losses import (
     IGNORE_INDEX,
     MOST_COMPILED_TOP_K,
@@ -130,7 +131,7 @@ def model_config(recipe: Recipe, vocab_size: int, eos_token_id: int) -> GPT2Conf
         attn_pdrop=recipe.dropout,
         bos_token_id=eos_token_id,
         eos_token_id=eos_token_id,
-        attn_implementation="sdpa",
+        attn_implementation=ATTENTION,
     )
 
 

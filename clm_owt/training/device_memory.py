@@ -191,6 +191,25 @@ def share_one_heap() -> None:
         mallopt(m_arena_max, 1)
 
 
+def keep_freed_memory(keep: bool = True) -> None:
+    """Let glibc keep what is freed for what is allocated next. By itself it gives large pieces back to the system at
+    once; a step allocates and frees the same tensors as the one before, and pages that come anew are zeroed first,
+    170,000 of them in a step of GPT-2 small in bf16. The process stays as large as it once was. Not under a `ulimit`,
+    where gaps between what is kept would count as used.
+
+    Without `keep`: as glibc does it by itself, after it has seen that large pieces come and go.
+    """
+    mallopt = of_glibc("mallopt")
+    if mallopt is None or (keep and ulimits()):
+        return
+    m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4  # malloc.h
+    mallopt(m_mmap_max, 0 if keep else 65_536)
+    mallopt(m_trim_threshold, -1 if keep else 64 * 2**20)
+    if not keep:
+        mallopt(m_mmap_threshold, 32 * 2**20)
+        release_cached_memory()
+
+
 def of_glibc(name: str) -> Callable[..., int] | None:
     """A function of the C library; None where it has none of that name."""
     return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None

@@ -36,7 +36,7 @@ from clm_owt.tracking.run_log import RunLog
 from clm_owt.tracking.throughput import Throughput
 from clm_owt.training import checkpoint, run_folder
 from clm_owt.training.contention import Contention
-from clm_owt.training.device_memory import is_out_of_memory
+from clm_owt.training.device_memory import is_out_of_memory, keep_freed_memory
 from clm_owt.training.micro_batch_search import WHAT_HELPS, MicroBatchSearch
 from clm_owt.training.optim import (
     FIRST_LOSS_SCALE,
@@ -157,6 +157,8 @@ class Trainer:
     def train(self) -> None:
         """Train to the end. Raises Stopped, with the last completed step saved, when told to stop."""
         state, last = self.state, self.total_steps
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         self.began = time.monotonic() - state.elapsed_seconds
         self.checkpoints.saved_step = state.step  # a run that continues is saved, one that begins has nothing to save
         saved, taken = done_at_step(state), False

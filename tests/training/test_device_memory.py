@@ -1,7 +1,9 @@
+import resource
+
 import pytest
 import torch
 
-from clm_owt.training.device_memory import is_out_of_memory
+from clm_owt.training.device_memory import is_out_of_memory, keep_freed_memory
 
 
 @pytest.mark.parametrize(
@@ -23,3 +25,20 @@ from clm_owt.training.device_memory import is_out_of_memory
 )
 def test_errors_that_are_about_memory_are_told_from_those_that_are_not(error, expected):
     assert is_out_of_memory(error) is expected
+
+
+def test_kept_memory_is_not_asked_for_again():
+    pages = 50 * 2**20 // resource.getpagesize()
+
+    def new_pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        bytearray(pages * resource.getpagesize())
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    try:
+        keep_freed_memory()
+        new_pages()
+        assert new_pages() < pages / 100
+    finally:
+        keep_freed_memory(False)
+    assert new_pages() > pages / 2 and new_pages() > pages / 2

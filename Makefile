@@ -10,10 +10,11 @@ REPORT ?= test-gpu.json
 
 .PHONY: quickstart reproduce test test-kernels test-slow test-faults test-browser test-tasks test-gpu lint format clean
 
-# The number of threads is given, or the launcher would warn that it chose it.
+# In bf16 where the processor has it. The number of threads is given, or the launcher would warn that it chose it.
 quickstart: $(VENV)/.installed
+	config=$$($(BIN)/python -m clm_owt.training.cpu_precision) && \
 	OMP_NUM_THREADS=$$($(BIN)/python -c 'import psutil; print(psutil.cpu_count(logical=False) or 1)') \
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml run_clm_owt.py --recipe recipes/quickstart.yaml
+	$(BIN)/accelerate launch --config_file $$config run_clm_owt.py --recipe recipes/quickstart.yaml
 
 # Runs a recorded result again, and says whether it is the same: make reproduce RECORD=NAME, and RUNS=all for every run.
 reproduce: $(VENV)/.installed

@@ -11,7 +11,8 @@ Random blocks: neither data nor tokenizer is needed. The paths take turns, round
 2048 x 2048 matrices is timed between them, since where a machine's speed drifts only the ratios within one run mean
 anything. Options of the recipe may follow (--n_layer 4 --penalty_weight 0.01). One process, one device, in the
 precision of `accelerate launch --num_processes 1 --mixed_precision bf16 scripts/benchmark.py ...`, or in several by
-turns: --precision no bf16.
+turns: --precision no bf16. Each turn begins with a step that is not measured, so that memory is as the steps of this
+path leave it; on a CPU "ours" keeps what is freed, as a run does.
 
     ours           clm_owt: the fused loss
     transformers   GPT2LMHeadModel as it comes, with labels; the penalty, if any, by autograd on its logits
@@ -55,11 +56,13 @@ from clm_owt.state import TrainState
 from clm_owt.training.checkpoint import CheckpointWriter, copy_to_host, take_snapshot
 from clm_owt.training.device_memory import keep_freed_memory
 from clm_owt.training.launch import find_hardware
+from clm_owt.training.muon import Muon, product_type
 from clm_owt.training.processes import Processes
 from clm_owt.training.trained_model import load_trained
 
 # Of the inputs of products, by precision.
 COMPUTE_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STEP_PATHS = ("ours", "transformers", "plain")
 GPT2_VOCABULARY = 50_257
 PRODUCT_SIZE = 2048
 
@@ -153,6 +156,7 @@ def benchmark_step(argv: list[str]) -> None:
     """Complete optimizer steps of one micro-batch: forward, backward, clipping, optimizer."""
     parser = create_parser("step")
     add_precision(parser)
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, help="by turns (default: the recipe's)")
     parser.add_argument("--micro_batch", type=int, default=1, help="blocks of a step (default: %(default)s)")
     parser.add_argument(
         "--profile", metavar="FILE", type=output_file, help="write a torch profiler trace of the first path"
@@ -166,26 +170,11 @@ def benchmark_step(argv: list[str]) -> None:
     weights = build_model(recipe, options.vocab_size, eos_token_id=0).state_dict()
 
     cases = []
-    for path in options.paths or ("ours", "transformers", "plain"):
-        if path == "plain":
-            model = PlainGPT2(options.vocab_size, recipe.block_size, recipe.n_layer, recipe.n_head, recipe.n_embd)
-            step = TrainingStep(model.load_gpt2(weights), recipe, accelerator)
-            for precision in precisions:
-                name = case_name(path, precision=precision if options.precision else None)
-                cases.append(Case(name, precision, partial(step, lambda model: model(blocks), precision)))
-            continue
-        if path == "ours":
-            model, loss = build_model(recipe, options.vocab_size, eos_token_id=0), loss_of_ours
-            compile_blocks(model, recipe.torch_compile, accelerator.device)
-        else:
-            model, loss = GPT2LMHeadModel(usual_config(recipe, options.vocab_size)), loss_of_transformers
-            model.load_state_dict(weights)
-            model.loss_type = "ForCausalLM"
-            if recipe.gradient_checkpointing:
-                model.activation_checkpointing_enable()
-        step = TrainingStep(model, recipe, accelerator)
-        for precision, penalty in itertools.product(precisions, options.penalties):
-            name = case_name(path, penalty, precision if options.precision else None)
+    for path, optimizer in itertools.product(options.paths or STEP_PATHS, options.optimizers or [recipe.optimizer]):
+        model, loss = model_and_loss(path, recipe, options.vocab_size, weights, accelerator.device)
+        step = TrainingStep(model, dataclasses.replace(recipe, optimizer=optimizer), accelerator)
+        for precision, penalty in itertools.product(precisions, options.penalties if path != "plain" else [("", 0.0)]):
+            name = case_name(path, penalty, options.precision and precision, options.optimizers and optimizer)
             work = partial(step, partial(loss, blocks=blocks, penalty=penalty), precision)
             cases.append(Case(name, precision, work))
 
@@ -201,20 +190,43 @@ def benchmark_step(argv: list[str]) -> None:
         print(f"profile of {cases[0].name}: {options.profile} (open it in chrome://tracing or ui.perfetto.dev)")
 
 
+def model_and_loss(
+    path: str, recipe: Recipe, vocab_size: int, weights: dict[str, Tensor], device: torch.device
+) -> tuple[torch.nn.Module, Callable[..., Tensor]]:
+    """The model of a path, with these weights of a GPT2LMHeadModel, and what gives its loss."""
+    if path == "plain":
+        model = PlainGPT2(vocab_size, recipe.block_size, recipe.n_layer, recipe.n_head, recipe.n_embd)
+        return model.load_gpt2(weights), loss_of_plain
+    if path == "ours":
+        model = build_model(recipe, vocab_size, eos_token_id=0)
+        compile_blocks(model, recipe.torch_compile, device)
+        return model, loss_of_ours
+    model = GPT2LMHeadModel(usual_config(recipe, vocab_size))
+    model.load_state_dict(weights)
+    model.loss_type = "ForCausalLM"
+    if recipe.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return model, loss_of_transformers
+
+
 class TrainingStep:
     """One optimizer step on one micro-batch, as the training loop takes it, timed in its parts. `precision`: another
     than the accelerator's."""
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe, accelerator: Accelerator):
         self.model = model.to(accelerator.device).train()
-        slow = dataclasses.replace(recipe, learning_rate=1e-6)  # so that all repetitions are of nearly one model
+        # So that all repetitions are of nearly one model.
+        slow = dataclasses.replace(recipe, learning_rate=1e-6, embedding_learning_rate=None)
         self.optimizer = OPTIMIZERS[recipe.optimizer].build(self.model, slow)
         self.max_grad_norm = recipe.max_grad_norm
         self.accelerator = accelerator
 
     def __call__(self, loss_of: Callable[[torch.nn.Module], Tensor], precision: str | None = None) -> dict[str, float]:
+        precision = precision or self.accelerator.mixed_precision
+        if isinstance(self.optimizer, Muon):
+            self.optimizer.product_type = product_type(self.accelerator.device, precision)
         clock = Clock()
-        with autocast(precision or self.accelerator.mixed_precision, self.accelerator.device):
+        with autocast(precision, self.accelerator.device):
             loss = loss_of(self.model)
         clock.lap("forward")
         loss.backward()
@@ -240,6 +252,10 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 def loss_of_ours(model: torch.nn.Module, blocks: Tensor, penalty: tuple[str, float]) -> Tensor:
     model.penalty_type, model.penalty_weight = penalty
     return model(input_ids=blocks, labels=blocks).loss
+
+
+def loss_of_plain(model: torch.nn.Module, blocks: Tensor, penalty: tuple[str, float]) -> Tensor:
+    return model(blocks)
 
 
 def loss_of_transformers(model: torch.nn.Module, blocks: Tensor, penalty: tuple[str, float]) -> Tensor:
@@ -396,11 +412,14 @@ def benchmark_save(argv: list[str]) -> None:
         print(f"  {name:36} {statistics.median(values):6.2f}   ({', '.join(f'{v:.2f}' for v in values)})")
 
 
-def case_name(path: str, penalty: tuple[str, float] = ("", 0.0), precision: str | None = None) -> str:
-    """The name of a way to do the work, with its penalty where there is one, and the precision that was asked for."""
+def case_name(
+    path: str, penalty: tuple[str, float], precision: str | None = None, optimizer: str | None = None
+) -> str:
+    """The name of a way to do the work, with its penalty where there is one, and the optimizer and the precision that
+    were asked for."""
     penalty_type, weight = penalty
-    parts = [path, f"{penalty_type} {weight:g}" if weight else "", "float32" if precision == "no" else precision or ""]
-    return ", ".join(filter(None, parts))
+    precision = "float32" if precision == "no" else precision
+    return ", ".join(filter(None, (path, optimizer, f"{penalty_type} {weight:g}" if weight else None, precision)))
 
 
 class Clock:

@@ -17,6 +17,7 @@ from clm_owt.planning.devices import Hardware, cpu_name, mac_name
 from clm_owt.recipe import Recipe
 from clm_owt.stopping import launcher
 from clm_owt.training import rendezvous
+from clm_owt.training.cpu_precision import multiplies_bf16
 from clm_owt.training.device_memory import total_memory
 from clm_owt.training.processes import PATIENCE, Processes
 
@@ -69,10 +70,8 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def refuse_slow_bf16() -> None:
-    """Raises InputError on a processor without instructions for bf16, where such products take some 30 times as long
-    as in float32."""
-    capabilities = torch.cpu.get_capabilities()
-    if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+    """Raises InputError on a processor without instructions for bf16."""
+    if not multiplies_bf16():
         raise InputError(
             f"accelerate config: mixed_precision bf16 on {cpu_name()}, which has neither AVX512_BF16 nor AMX and "
             "would be slower than in float32; take no, as accelerate_configs/cpu.yaml does"

@@ -43,9 +43,13 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x
 
 
-def product_type(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU that has it, which the steps bear (as published); float32 elsewhere."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+def product_type(device: torch.device, mixed_precision: str) -> torch.dtype:
+    """bf16, which the steps bear (as published), on a GPU that has it, and on a CPU where the run's other products
+    are in bf16; float32 elsewhere, so that a run in float32 does not depend on what a CPU has."""
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = device.type == "cpu" and mixed_precision == "bf16"
     return torch.bfloat16 if bf16 else torch.float32
 
 
@@ -71,6 +75,8 @@ class Muon(Optimizer):
         self._matrices = self.param_groups[0]
         self._pieces = {p: 3 if name.endswith("c_attn.weight") else 1 for name, p in matrices.items()}
         self._processes = processes
+        mixed_precision = processes.mixed_precision if processes else "no"
+        self.product_type = product_type(self._matrices["params"][0].device, mixed_precision)
         self._rest = rest
         self.param_groups += rest.param_groups  # the very dictionaries: a schedule sets the rates of both
         rest.state = self.state
@@ -138,7 +144,7 @@ class Muon(Optimizer):
         part = share(len(pieces), count, rank)
         mine = [piece.mT if piece.shape[0] > piece.shape[1] else piece for piece in pieces[part.start : part.stop]]
         shape, device = sorted(pieces[0].shape), pieces[0].device
-        result = torch.empty(-(-len(pieces) // count), *shape, dtype=product_type(device), device=device)
+        result = torch.empty(-(-len(pieces) // count), *shape, dtype=self.product_type, device=device)
         if mine:
             result[: len(mine)] = orthogonalize(torch.stack(mine).to(result.dtype))
         if count == 1:

@@ -47,6 +47,19 @@ def test_precisions_take_turns(recipe, tmp_path, capsys):
     assert "| × plain, float32 | × plain, bf16 |" in capsys.readouterr().out
 
 
+def test_optimizers_take_turns(recipe, tmp_path):
+    file = tmp_path / "measured.json"
+    options = ["--paths", "ours", "plain", "--optimizers", "adamw", "muon", "--precision", "no", "bf16"]
+    benchmark.main([*recipe, *options, "--json", str(file)])
+    names = [case["name"] for case in json.loads(file.read_text())["cases"]]
+    assert names == [
+        f"{path}, {optimizer}, {precision}"
+        for path in ("ours", "plain")
+        for optimizer in ("adamw", "muon")
+        for precision in ("float32", "bf16")
+    ]
+
+
 def test_all_paths_start_from_the_same_loss(recipe, monkeypatch):
     losses = []
     backward = torch.Tensor.backward

@@ -22,7 +22,7 @@ from clm_owt.model import fp8
 from clm_owt.model.gpt2 import build_model
 from clm_owt.recipe_reader import load_recipe
 from clm_owt.run_state import RunState
-from clm_owt.training import checkpoint
+from clm_owt.training import checkpoint, cpu_precision
 from clm_owt.training.launch import (
     ALLOCATOR_SETTINGS,
     asks_for_restarts,
@@ -109,9 +109,11 @@ def come_up() -> None:
 
 
 @pytest.mark.parametrize("has", [None, "avx512_bf16", "amx_bf16"])
-def test_bf16_on_a_cpu_that_has_no_instructions_for_it_is_refused(has, monkeypatch):
+def test_bf16_on_a_cpu_that_has_no_instructions_for_it_is_refused_and_not_taken(has, monkeypatch, capsys):
     capabilities = dict.fromkeys(("avx512_f", "avx512_bf16", "amx_bf16"), False) | {has: True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    cpu_precision.main()
+    assert capsys.readouterr().out == f"accelerate_configs/{'cpu_bf16' if has else 'cpu'}.yaml\n"
     if has:
         return refuse_slow_bf16()
     with pytest.raises(InputError, match=r"^accelerate config: .* neither AVX512_BF16 nor AMX .* take no, [^\n]*$"):

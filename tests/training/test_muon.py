@@ -46,11 +46,12 @@ def matrices(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize(("products", "tolerance"), [(torch.float32, 0.02), (torch.bfloat16, 1e-3)])
-def test_each_matrix_moves_as_with_torch_muon_whose_products_are_in_bf16(products, tolerance, monkeypatch):
-    monkeypatch.setattr(muon, "product_type", lambda device: products)
+def test_each_matrix_moves_as_with_torch_muon_whose_products_are_in_bf16(products, tolerance):
     model = gpt2()
     before = {name: p.detach().clone() for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
-    ours = after_steps(model, build_muon(model, RECIPE))
+    optimizer = build_muon(model, RECIPE)
+    optimizer.product_type = products
+    ours = after_steps(model, optimizer)
 
     theirs = {name: [torch.nn.Parameter(m.clone()) for m in matrices(name, p)] for name, p in before.items()}
     optimizer = torch.optim.Muon(itertools.chain(*theirs.values()), lr=3e-3, adjust_lr_fn="match_rms_adamw")
@@ -66,6 +67,12 @@ def test_each_matrix_moves_as_with_torch_muon_whose_products_are_in_bf16(product
         ):
             expected = part.detach() - start
             assert (ours_part - start - expected).norm() < tolerance * expected.norm(), name
+
+
+def test_products_are_in_bf16_on_a_cpu_where_those_of_the_run_are():
+    cpu = torch.device("cpu")
+    assert muon.product_type(cpu, "bf16") == torch.bfloat16
+    assert muon.product_type(cpu, "no") == build_muon(gpt2(), RECIPE).product_type == torch.float32
 
 
 def test_every_other_parameter_moves_as_with_adamw_at_its_own_rate():

@@ -16,8 +16,8 @@ from clm_owt.training.silent_failure import SilentFailure, find_symptom, unigram
 
 RECIPE = Recipe(dataset_name="json", effective_batch_size=3, learning_rate=6e-4, warmup_steps=2000)
 
-# The first 200 steps of runs of recipes/quickstart.yaml that ended well, with AdamW and Muon over six seeds, and with
-# other rates, batches and penalties: every tenth loss and gradient norm, and the loss at the start.
+# The first 200 steps of runs of recipes/quickstart_adamw.yaml that ended well, with AdamW and Muon over six seeds, and
+# with other rates, batches and penalties: every tenth loss and gradient norm, and the loss at the start.
 HEALTHY = json.loads((Path(__file__).parent / "healthy_curves.json").read_text())
 QUICKSTART_UNIGRAM = 6.69
 

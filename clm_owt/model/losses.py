@@ -106,7 +106,7 @@ def fused_linear_loss(
     # An int stays a Python number: a tensor of it would have to be copied to the device, which waits for the copy.
     scale = 1 / (num_items.to(_statistics_dtype(dtype)) if isinstance(num_items, Tensor) else num_items)
     vocab_size = len(weight)
-    if _multiplies_in_tiles(dtype, hidden.device):
+    if softmax is None and _multiplies_in_tiles(dtype, hidden.device):
         missing = -len(hidden) % ROW_TILE
         hidden, targets = F.pad(hidden, (0, 0, 0, missing)), F.pad(targets, (0, missing), value=IGNORE_INDEX)
     logits_dtype = dtype if round_logits else _statistics_dtype(dtype)

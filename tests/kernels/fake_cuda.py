@@ -1,7 +1,7 @@
 """Importing this makes torch's Inductor write its CUDA code on a machine without a GPU, with the CPU build of torch.
 
 `fake_cuda.configure("a100" | "h100")` says for which one. Fake tensors (`FakeTensorMode`) on "cuda" can then be made,
-sliced and compiled under `no_grad`; nothing is computed. It replaces internals of torch 2.13 and triton 3.9, so use it
+sliced and compiled under `no_grad`; nothing is computed. It replaces internals of torch 2.13 and triton 3.7, so use it
 in a process of its own.
 """
 

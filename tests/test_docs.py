@@ -39,6 +39,7 @@ NOT_RUN = [
     (r"make reproduce", "trains for minutes; tests/experiments/test_records.py runs a recorded run again"),
     (r"source ", "the environment is that of the tests"),
     (r"pip install", "needs a network"),
+    (r"accelerate launch --max_restarts$", "half a command, in a sentence"),
     (r"accelerate config", "asks questions"),
     (r"hf auth|wandb ", "needs an account"),
     (r"tensorboard|trackio", "serves until it is stopped"),

@@ -15,7 +15,7 @@ from clm_owt.recipe_reader import load_recipe
 from clm_owt.training.memory_trace import PARTS, LiveStorages, trace_layers, trace_step
 
 # As a user's model, small: 4 blocks of width 256 on 16 sequences of 256 tokens.
-SMALL = ["--recipe", "recipes/quickstart.yaml", "--n_embd", "256", "--n_head", "4"]
+SMALL = ["--recipe", "recipes/quickstart_adamw.yaml", "--n_embd", "256", "--n_head", "4"]
 
 CPU = Hardware()
 

@@ -61,7 +61,8 @@ class LossStatistics(NamedTuple):
 # validation two, and each size that was tried or stepped down from leaves one more. At the limit it raises.
 MOST_VARIANTS = 200
 # The compiled softmax finds each of the k likeliest of top_k_mass in a pass of its own: 66 bytes a logit for 14 of
-# them. With 16, registers no longer suffice on an A100 and an H100, and 74 bytes are as many as a dozen passes take.
+# them, and 74, as many as a dozen passes take, for 16. For some k (9 and 14 on an A100, 10 on an H100) the compiler
+# puts 8 bytes of each thread aside, so as to stay at 48 or 64 registers; for 5 none.
 MOST_COMPILED_TOP_K = 14
 # Rows of a product of 16-bit types on a CPU come in multiples of this, and columns are padded: the three products of
 # the head take 590 ms with 1,024 x 50,304 logits on one core of a Zen 5, and 745 with 1,023 x 50,257.

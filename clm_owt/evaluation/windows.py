@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,7 +12,7 @@ from clm_owt.data.sources import resolve_source
 from clm_owt.data.token_store import TokenStore
 from clm_owt.data.tokenizer_files import load_tokenizer
 from clm_owt.errors import InputError
-from clm_owt.model.losses import IGNORE_INDEX
+from clm_owt.evaluation.predictions import logit_chunks
 from clm_owt.model.perplexity import Perplexity
 from clm_owt.recipe_reader import load_recipe
 
@@ -81,23 +80,12 @@ def recipe_windows(
     return list(cut_windows(blocks.reshape(-1), context, stride))
 
 
-@torch.no_grad()
 def evaluate_windows(model: PreTrainedModel, windows: Iterable[Window], batch_size: int) -> dict[str, float]:
     """`loss` in nats a token and `perplexity` of the model on the windows, and `n_tokens`, the number of predicted
     tokens, each of which has the same weight. `batch_size` windows are computed at a time."""
     metric = Perplexity()
-    windows = list(windows)
-    for i in range(0, len(windows), batch_size):
-        batch = windows[i : i + batch_size]
-        longest = max(len(ids) for ids, _ in batch)
-        input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)  # filled up behind: causal attention hides it
-        labels = torch.full((len(batch), longest), IGNORE_INDEX)
-        for row, (ids, new) in enumerate(batch):
-            input_ids[row, : len(ids)] = torch.from_numpy(ids)
-            labels[row, len(ids) - new : len(ids)] = torch.from_numpy(ids[-new:])
-        logits = model(input_ids.to(model.device), use_cache=False).logits[:, :-1].float()
-        targets = labels[:, 1:].to(model.device)
-        losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none")
+    for logits, targets in logit_chunks(model, list(windows), batch_size):
+        losses = F.cross_entropy(logits, targets, reduction="none")
         # Summed in float64, on the CPU since MPS has none.
-        metric.add(nll_sum=losses.cpu().double().sum().item(), n_tokens=int((targets != IGNORE_INDEX).sum()))
+        metric.add(nll_sum=losses.cpu().double().sum().item(), n_tokens=len(targets))
     return metric.compute()

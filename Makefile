@@ -44,10 +44,11 @@ test-tasks: $(VENV)/.installed-test
 	$(PIP_INSTALL) --editable '.[test,eval]'
 	$(BIN)/python -m pytest -m tasks
 
-# Faults on real processes by the hundred; prints the table of docs/reliability.md, and writes it where it is asked to:
+# More than a thousand faults on real processes, one test at a time on each of two cores; prints the table of
+# docs/reliability.md, and writes it where it is asked to:
 # make test-faults FAULTS="--seed 7 --faults-table table.md -k full_disk"
 test-faults: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "faults or not faults" -v tests/faults $(FAULTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --maxschedchunk 1 -m "faults or not faults" -v tests/faults $(FAULTS)
 
 # The acceptance of a machine: on its GPU, in at most 8 minutes; without one a dry run. Ends with a table, and writes it
 # where it is asked to: make test-gpu REPORT=my_gpu.json

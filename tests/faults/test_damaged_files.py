@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from random import Random
 
 import pytest
 from support.bench import campaign
@@ -12,7 +13,39 @@ from clm_owt.training.checkpoint import MARKER, checkpoints
 pytestmark = pytest.mark.xdist_group("faults")
 
 NAMES = ("optimizer.safetensors", "model.safetensors", "random_states.json", "state.json", MARKER)
-DAMAGES = ("flipped in one bit", "truncated", "emptied", "removed")
+
+
+def flip_a_bit(content: bytearray, draw: Random) -> None:
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+
+
+def overwrite(content: bytearray, draw: Random) -> None:
+    """Up to a page, each byte with another."""
+    start = draw.randrange(len(content))
+    for i in range(start, min(start + draw.randrange(1, 4096), len(content))):
+        content[i] ^= draw.randrange(1, 256)
+
+
+def truncate(content: bytearray, draw: Random) -> None:
+    del content[draw.randrange(1, len(content)) :]
+
+
+def extend(content: bytearray, draw: Random) -> None:
+    content += draw.randbytes(draw.randrange(1, 4096))
+
+
+def empty(content: bytearray, draw: Random) -> None:
+    content.clear()
+
+
+AT_RANDOM = {
+    "flipped in one bit": flip_a_bit,
+    "overwritten": overwrite,
+    "truncated": truncate,
+    "extended": extend,
+}
+DAMAGES = AT_RANDOM | {"emptied": empty, "removed": None}
+CASES = [(name, damage) for damages in (DAMAGES, AT_RANDOM, AT_RANDOM) for name in NAMES for damage in damages]
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +56,19 @@ def interrupted(_bench, tmp_path_factory):
     return home
 
 
-@pytest.mark.parametrize("case", campaign([(name, damage) for name in NAMES for damage in DAMAGES], short=1))
+@pytest.mark.parametrize("case", campaign(CASES, short=1))
 def test_a_run_continues_from_the_checkpoint_before_a_damaged_one(bench, interrupted, home, draw, record_fault, case):
-    """A file of the newest checkpoint truncated, emptied, flipped in one bit, removed"""
+    """A file of the newest checkpoint flipped in one bit, overwritten, truncated, extended, emptied, removed"""
     name, damage = case
     shutil.copytree(interrupted, home)
     newest = checkpoints(bench.checkpoints_of(home))[0]
     assert newest.name == "step-00000035"
     file, content = newest / name, bytearray((newest / name).read_bytes())
-    if damage == "removed":
-        file.unlink()
+    if change := DAMAGES[damage]:
+        change(content, draw)
+        file.write_bytes(content)
     else:
-        if damage == "flipped in one bit":
-            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-        keep = {"truncated": draw.randrange(1, len(content)), "emptied": 0}.get(damage)
-        file.write_bytes(content[:keep])
+        file.unlink()
     text = bench.finish(home)
     (said,) = (line for line in text.splitlines() if line.startswith("Passed over"))
     assert said.startswith(f"Passed over runs/small/checkpoints/{newest.name}: ")

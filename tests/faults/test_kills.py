@@ -14,7 +14,7 @@ from clm_owt.training.checkpoint import checkpoints
 pytestmark = pytest.mark.xdist_group("faults")
 
 
-@pytest.mark.parametrize("number", campaign(range(40), short=2))
+@pytest.mark.parametrize("number", campaign(range(20), short=2))
 def test_a_run_killed_at_a_random_instant_continues(bench, tmp_path, draw, record_fault, number):
     """SIGKILL at a random instant, continued"""
     for attempt in itertools.count():  # a run that had ended was not killed: another instant
@@ -43,7 +43,7 @@ def test_a_run_killed_in_several_sessions_in_a_row_continues(bench, home, record
         record_fault(f"in step {step}")
 
 
-VICTIMS = [((0,), (1,), (0, 1))[i % 3] for i in range(40)]
+VICTIMS = [((0,), (1,), (0, 1))[i % 3] for i in range(20)]
 
 
 @pytest.mark.parametrize("victims", campaign(VICTIMS, short=1))
@@ -98,7 +98,7 @@ def test_a_save_that_a_kill_cuts_short_costs_no_checkpoint(bench, tmp_path, reco
         record_fault(f"save of step {save}, before operation {number}, leaving {', '.join(left)}")
 
 
-@pytest.mark.parametrize("number", campaign(range(6), short=0))
+@pytest.mark.parametrize("number", campaign(range(8), short=0))
 def test_a_token_store_whose_building_was_killed_is_the_same_bytes(bench, home, draw, record_fault, number):
     """SIGKILL while the token store is built"""
     cache = home / "cache"

@@ -117,7 +117,7 @@ def assert_no_secret(home: Path, elsewhere: Elsewhere) -> None:
         assert not [secret for secret in SECRETS if secret.encode() in content]
 
 
-@pytest.mark.parametrize("number", campaign(range(10), short=1))
+@pytest.mark.parametrize("number", campaign(range(5), short=1))
 def test_a_run_whose_disk_is_lost_goes_on_from_the_hub(bench, home, draw, record_fault, hub_server, number):
     """SIGKILL at a random instant and the folder lost, continued from a Hub that fails, stalls and cuts"""
 
@@ -140,7 +140,7 @@ def test_a_run_whose_disk_is_lost_goes_on_from_the_hub(bench, home, draw, record
     record_fault(kill_and_continue(bench, home, draw, number, elsewhere))
 
 
-@pytest.mark.parametrize("number", campaign(range(10), short=1))
+@pytest.mark.parametrize("number", campaign(range(5), short=1))
 def test_a_run_whose_disk_is_lost_goes_on_from_a_store_of_objects(bench, home, draw, record_fault, store, number):
     """SIGKILL at a random instant and the folder lost, continued from S3's protocol over connections that break"""
 

@@ -22,7 +22,7 @@ STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
 SIGNALS = list(STATUS)
 
 
-@pytest.mark.parametrize("signum", campaign(SIGNALS * 20, short=3))
+@pytest.mark.parametrize("signum", campaign(SIGNALS * 10, short=3))
 def test_a_run_told_to_stop_at_a_random_instant_continues(bench, tmp_path, draw, record_fault, signum):
     """SIGTERM, SIGINT, SIGUSR1 at a random instant, continued"""
     for attempt in itertools.count():
@@ -65,7 +65,7 @@ def wait_as_a_launcher(jobs: list[Job]) -> None:
         assert job.wait(60) is not None, f"it hangs\n{job.text}"
 
 
-OF_TWO = [(SIGNALS[i % 3], ((1,), (0, 1), (0,))[i // 3 % 3], 0.9 if i < 9 else 0.15) for i in range(18)]
+OF_TWO = [(SIGNALS[i % 3], ((1,), (0, 1), (0,))[i // 3 % 3], 0.9 if i % 2 else 0.15) for i in range(9)]
 
 
 @pytest.mark.parametrize("case", campaign(OF_TWO, short=0))
@@ -228,7 +228,7 @@ def test_a_run_told_to_stop_where_it_is_for_long_stops_there_and_continues(bench
     record_fault(f"{place.__name__.replace('_', ' ')}: {said}")
 
 
-@pytest.mark.parametrize("number", campaign(range(5), short=1))
+@pytest.mark.parametrize("number", campaign(range(3), short=1))
 def test_a_second_signal_ends_a_run_during_its_save(bench, home, record_fault, number):
     """A second signal while the save of the first is written"""
     bench.interrupt(home, partial(at_step, 12, kill_myself))

@@ -33,14 +33,13 @@ WAYS = {
     "SIGTERM to the group": Terminal.terminate_group,
 }
 EVERY = [(processes, program, way) for way in WAYS for program in ("training", "sweep") for processes in (1, 2)]
-# The first are for every day.
-CASES = [
+EVERY_DAY = [
     (1, "training", "Ctrl-C"),
     (2, "training", "Ctrl-C"),
     (1, "sweep", "Ctrl-C"),
     (1, "training", "terminal closed"),
 ]
-CASES += EVERY * 3
+CASES = EVERY_DAY + EVERY + EVERY_DAY
 
 
 def command(program: str, processes: int, bench: Bench, home: Path) -> str:
@@ -66,7 +65,7 @@ def steps_of(metrics: Path) -> list[int]:
     return [int(step) for step in re.findall(r'^{"step": (\d+), "split": "train"', text, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("case", campaign(CASES, short=4))
+@pytest.mark.parametrize("case", campaign(CASES, short=len(EVERY_DAY)))
 def test_a_run_stopped_in_a_terminal_saves_its_last_step(bench, tmp_path, draw, record_fault, case):
     """A stop in a terminal, under a launcher or in a sweep, of 1 and of 2 processes, whose save takes 3 s"""
     processes, program, way = case

@@ -41,11 +41,16 @@ def workers(job: Background) -> list[psutil.Process]:
         return []
 
 
-def wait_for_step(job: Background, since: int, seconds: float) -> None:
-    """Until a step is printed after the first `since` characters, or the run has ended."""
+def printed_steps(job: Background, since: int) -> int:
+    """How many steps are printed after the first `since` characters."""
+    return len(re.findall(r"^step \d+/", job.text[since:], re.MULTILINE))
+
+
+def wait_for_steps(job: Background, since: int, steps: int, seconds: float) -> None:
+    """Until so many steps are printed after the first `since` characters, or the run has ended."""
     began = time.monotonic()
-    while not re.search(r"^step \d+/", job.text[since:], re.MULTILINE) and job.process.poll() is None:
-        assert time.monotonic() < began + seconds, f"no step within {seconds} s:\n{job.text}"
+    while printed_steps(job, since) < steps and job.process.poll() is None:
+        assert time.monotonic() < began + seconds, f"not {steps} steps within {seconds} s:\n{job.text}"
         time.sleep(0.02)
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.bench import campaign
 from support.hub_fixtures import GPT2, OPENWEBTEXT
 
 from clm_owt.data.retries import READ_PAUSES, is_transient
@@ -42,21 +43,34 @@ def shards(cache: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in (cache / "stores").rglob("*.arrow")}
 
 
-def test_503_resets_stalls_and_cuts_change_nothing_in_the_data_and_are_said(owt_hub, tmp_path):
+# What requests in a row meet; seven are more than the client itself repeats.
+TROUBLES = {
+    "503 for a list of files": {"pattern": "/api/datasets/*", "status": 503, "times": 1},
+    "503": {"pattern": "/storage/*", "status": 503, "times": 7},
+    "reset": {"pattern": "/storage/*", "reset": True, "times": 7},
+    "cut after 2,000 bytes": {"pattern": "/storage/*", "after": 2000, "cut": True, "times": 2},
+    "stalled for 3 s": {"pattern": "/storage/*", "stall": 3.0, "times": 1},
+}
+
+
+@pytest.mark.parametrize("number", campaign(range(4), short=1))
+def test_503_resets_stalls_and_cuts_change_nothing_in_the_data_and_are_said(
+    owt_hub, tmp_path, draw, record_fault, number
+):
+    """A request for data that is answered by 503, a reset, a cut or a stall, while the token store is built"""
     result = build_store(owt_hub, tmp_path / "quiet")
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
-    owt_hub.fault("/api/datasets/*", status=503)
-    owt_hub.fault("/storage/*", status=503, times=7)  # more than the client itself repeats
-    owt_hub.fault("/storage/*", reset=True, times=7)
-    owt_hub.fault("/storage/*", after=2000, cut=True, times=2)
-    owt_hub.fault("/storage/*", stall=3.0, times=1)
+    faults = {what: owt_hub.fault(**TROUBLES[what]) for what in draw.sample(sorted(TROUBLES), len(TROUBLES))}
     result = build_store(owt_hub, tmp_path / "troubled")
     assert result.returncode == 0, result.stderr
     assert "trying again in 1 s" in result.stdout
     assert all("trying again in" in line for line in result.stdout.splitlines()), result.stdout
     assert shards(tmp_path / "troubled") == shards(tmp_path / "quiet") != {}
-    assert not any(fault.hits < fault.times for fault in owt_hub.faults)
+    for what, fault in faults.items():
+        assert fault.hits == fault.times, what
+        for _ in range(fault.times):
+            record_fault(what)
 
 
 def test_a_server_that_stays_away_is_an_error_and_the_store_goes_on_when_it_is_back(owt_hub, tmp_path):

@@ -29,8 +29,7 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
     # Imported here, so that a bad recipe is reported without waiting for torch.
     with waiting("importing torch, transformers and datasets"):
         from clm_owt import hub
-        from clm_owt.data import builder, order, sources, token_store, tokenizer_files
-        from clm_owt.model import fp8, gpt2
+        from clm_owt.data import order
         from clm_owt.planning import disks, plan
         from clm_owt.remote import checkpoints as remote
         from clm_owt.tracking.run_log import RunLog
@@ -54,18 +53,8 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
             tasks = task_evaluation.TaskEvaluation(recipe, group)
             group.say(*tasks.lines)
 
-        # Data: one builder a machine writes the token store, every process reads it.
-        source = group.on_main(sources.resolve_source, existing.pin_data(recipe))
-        building = stack.enter_context(builder.Builder.start(recipe, source, group.is_first_of_machine))
-        check = builder.WaitingCheck(stop, building, group.say, report.waiting_for_data)
-        store = token_store.TokenStore(recipe, source)
-        tokenizer = tokenizer_files.load_tokenizer(store.wait_for_tokenizer(check))
-        existing.check_same_data(store.folder.name)
-
-        model = gpt2.build_model(recipe, len(tokenizer), tokenizer.eos_token_id).to(accelerator.device)
-        if hardware.mixed_precision == "fp8":
-            group.say(fp8.convert(model, accelerator))
-        group.say(*gpt2.compile_blocks(model, recipe.torch_compile, accelerator.device))
+        source, store, tokenizer, check = open_data(recipe, existing, group, stop, report, stack)
+        model = build_model(recipe, tokenizer, accelerator, group, hardware)
 
         # Plan: fixed when the run begins.
         store.wait_for_first_step(check, group.say)
@@ -100,6 +89,31 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
         log.close()
         group.say(*group.on_main(run_folder.summarize, folder))
         uploads.finish(stop)
+
+
+def open_data(recipe: Recipe, existing, group, stop: StopRequest, report: RunReport, stack: contextlib.ExitStack):
+    """One builder a machine writes the token store, every process reads it. Gives the source of its documents, the
+    store, the tokenizer, and what is to be called while blocks are waited for."""
+    from clm_owt.data import builder, sources, token_store, tokenizer_files
+
+    source = group.on_main(sources.resolve_source, existing.pin_data(recipe))
+    building = stack.enter_context(builder.Builder.start(recipe, source, group.is_first_of_machine))
+    check = builder.WaitingCheck(stop, building, group.say, report.waiting_for_data)
+    store = token_store.TokenStore(recipe, source)
+    tokenizer = tokenizer_files.load_tokenizer(store.wait_for_tokenizer(check))
+    existing.check_same_data(store.folder.name)
+    return source, store, tokenizer, check
+
+
+def build_model(recipe: Recipe, tokenizer, accelerator, group, hardware):
+    """On the device, with random weights, in FP8 and compiled where it is to be."""
+    from clm_owt.model import fp8, gpt2
+
+    model = gpt2.build_model(recipe, len(tokenizer), tokenizer.eos_token_id).to(accelerator.device)
+    if hardware.mixed_precision == "fp8":
+        group.say(fp8.convert(model, accelerator))
+    group.say(*gpt2.compile_blocks(model, recipe.torch_compile, accelerator.device))
+    return model
 
 
 def plan_without_data(recipe: Recipe, existing, accelerator, group, stop: StopRequest, hardware) -> bool:

@@ -116,7 +116,7 @@ class RunReport:
     def begin(self, step: int, total_steps: int) -> None:
         """The run goes on after `step`."""
         self._now = replace(self._now, state=RUNNING, step=step, total_steps=total_steps)
-        self._write()
+        self._write_if_due()
 
     def at_step(self, step: int, loss: float) -> None:
         """`step` was taken, with that training loss."""
@@ -125,16 +125,16 @@ class RunReport:
         pace = (now - first_at) / (step - first) if step > first else None
         loss_or_none = loss if math.isfinite(loss) else None
         self._now = replace(self._now, state=RUNNING, step=step, step_at=now, step_seconds=pace, loss=loss_or_none)
-        self._write()
+        self._write_if_due()
 
     def waiting_for_data(self) -> None:
         self._now = replace(self._now, state=WAITING)
-        self._write()
+        self._write_if_due()
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         before, self._now = self._now, replace(self._now, state=SAVING)
-        self._write()
+        self._write_if_due()
         yield
         self._now = replace(self._now, state=before.state)
 
@@ -149,21 +149,21 @@ class RunReport:
         if state == FAILED and again and not final:
             error, final = f"{error} (at the same step as in the session before)", True
         self._now = replace(self._now, state=state, error=error, exit_status=status, final=final)
-        self._put()
+        self._write()
 
     def _has_ended(self) -> bool:
         """Whether another process has written the end of this session."""
         current = RunState.read(self._folder) if self._folder else None
         return current is not None and current.ended and current.written_at > self._began
 
-    def _write(self) -> None:
+    def _write_if_due(self) -> None:
         at, state = self._written
         if not self._is_main or (state == self._now.state and time.time() - at < WRITING_SECONDS):
             return
         if not self._has_ended():
-            self._put()
+            self._write()
 
-    def _put(self) -> None:
+    def _write(self) -> None:
         self._now = replace(self._now, written_at=time.time())
         self._written = self._now.written_at, self._now.state
         if self._folder is None or not (self._folder / "recipe.yaml").exists():

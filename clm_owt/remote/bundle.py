@@ -64,13 +64,10 @@ def stage(run: Path, checkpoint: Path, folder: Path) -> None:
                 shutil.copyfile(run / name, aside / name)
         cut_back_metrics(aside / "metrics.jsonl", state)
         cut_back_samples(aside / "samples.md", state)
-        known = json.loads((inside / MARKER).read_text(encoding="utf-8"))["files"]
+        listed = json.loads((inside / MARKER).read_text(encoding="utf-8"))["files"]
+        known = {inside / name: entry for name, entry in listed.items()}  # gigabytes need not be hashed again
         paths = sorted(path for path in aside.rglob("*") if path.is_file())
-        files = {
-            path.relative_to(aside).as_posix(): known.get(path.name) if path.parent == inside else None
-            for path in paths
-        }
-        files = {name: entry or fingerprint(aside / name) for name, entry in files.items()}
+        files = {path.relative_to(aside).as_posix(): known.get(path) or fingerprint(path) for path in paths}
         (aside / MARKER).write_text(json.dumps({"step": state.step, "files": files}, indent=2), encoding="utf-8")
 
 

@@ -17,7 +17,7 @@ from clm_owt.files import PARTIAL
 from clm_owt.formatting import format_bytes
 from clm_owt.recipe import Recipe
 from clm_owt.remote.bundle import Listing, find_damage, install, stage
-from clm_owt.remote.places import Found, HubPlace, Mirror, Place
+from clm_owt.remote.places import HubPlace, Mirror, Place, RemoteBundle
 from clm_owt.training.checkpoint import MARKER, checkpoints, find_corruption
 from clm_owt.training.run_folder import differences, is_complete, plan_of_same_run
 from clm_owt.upload_queue import UploadQueue
@@ -78,24 +78,26 @@ def fetch_newer(recipe: Recipe) -> None:
     if not places or recipe.resume_from_checkpoint != "auto" or is_complete(folder):
         return
     plan_of_same_run(recipe, folder)
-    found: list[tuple[Found, Place]] = []
+    kept: list[tuple[RemoteBundle, Place]] = []
     problems: dict[str, Unavailable] = {}
     for place in places:
         try:
-            found += [(one, place) for one in persist(place, place.find, f"looking for a checkpoint at {place.name}")]
+            bundles = try_repeatedly(place, place.find, f"looking for a checkpoint at {place.name}")
         except Unavailable as error:
             problems[f"{place.key}: {place.name} cannot be asked for a checkpoint: {error}"] = error
+        else:
+            kept += [(bundle, place) for bundle in bundles]
     here = newest_step(folder)
-    for one, place in sorted(found, key=lambda pair: pair[0].listing.step, reverse=True):
+    for bundle, place in sorted(kept, key=lambda pair: pair[0].listing.step, reverse=True):
         try:
-            check_same_run(recipe, one, place)
-            if one.listing.step > here:
-                fetch(folder, one, place)
+            check_same_run(recipe, bundle, place)
+            if bundle.listing.step > here:
+                fetch(folder, bundle, place)
         except Unavailable as error:
-            which = f"the checkpoint of step {one.listing.step:,} at {place.name}"
+            which = f"the checkpoint of step {bundle.listing.step:,} at {place.name}"
             problems[f"{place.key}: {which} cannot be had: {error}"] = error
         else:
-            here = max(here, one.listing.step)
+            here = max(here, bundle.listing.step)
     if problems and here < 0:
         for_good = all(error.for_good for error in problems.values())
         way_on = "mend that" if for_good else "the same command tries again"
@@ -106,7 +108,7 @@ def fetch_newer(recipe: Recipe) -> None:
         print_lines(f"{problem}; going on without it")
 
 
-def persist(place: Place, action: Callable[[], T], what: str) -> T:
+def try_repeatedly(place: Place, action: Callable[[], T], what: str) -> T:
     """What `action` gives, after several attempts if need be. Raises Unavailable."""
     pauses = iter(FETCH_PAUSES)
     while True:
@@ -131,16 +133,16 @@ class Damaged(OSError):
     """What was downloaded is not what was put there."""
 
 
-def check_same_run(recipe: Recipe, found: Found, place: Place) -> None:
+def check_same_run(recipe: Recipe, bundle: RemoteBundle, place: Place) -> None:
     """Raises InputError where a bundle is of another run than the recipe's; Unavailable."""
 
     def read() -> dict[str, object]:
-        content = place.read(found, "recipe.yaml")
-        if hashlib.sha256(content).hexdigest() != found.listing.files["recipe.yaml"]["sha256"]:
+        content = place.read(bundle, "recipe.yaml")
+        if hashlib.sha256(content).hexdigest() != bundle.listing.files["recipe.yaml"]["sha256"]:
             raise Damaged("recipe.yaml is damaged on its way or there")
         return yaml.safe_load(content)
 
-    different = differences(recipe, persist(place, read, f"asking {place.name} whose checkpoint it has"))
+    different = differences(recipe, try_repeatedly(place, read, f"asking {place.name} whose checkpoint it has"))
     if different:
         raise InputError(
             f"{place.key}: {place.name} holds the checkpoint of another run ({', '.join(different.values())}); "
@@ -148,26 +150,30 @@ def check_same_run(recipe: Recipe, found: Found, place: Place) -> None:
         )
 
 
-def fetch(folder: Path, found: Found, place: Place) -> None:
+def fetch(folder: Path, bundle: RemoteBundle, place: Place) -> None:
     """Download a bundle, verify it, and install it in the run's folder. Raises Unavailable."""
     aside = folder / f"fetched{PARTIAL}"
     shutil.rmtree(aside, ignore_errors=True)
-    step = found.listing.step
+    step = bundle.listing.step
 
     def download() -> None:
-        place.fetch(found, aside)
+        place.fetch(bundle, aside)
         if damage := find_damage(aside):
             raise Damaged(f"damaged on its way or there: {damage}")
 
     began = time.monotonic()
     try:
         aside.mkdir(parents=True)
-        persist(place, download, f"fetching step {step:,} from {place.name}, {format_bytes(found.listing.size)}")
+        try_repeatedly(
+            place, download, f"fetching step {step:,} from {place.name}, {format_bytes(bundle.listing.size)}"
+        )
         install(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     seconds = time.monotonic() - began
-    print_lines(f"Fetched step {step:,} from {place.name}: {format_bytes(found.listing.size)}, whole, {seconds:.1f} s")
+    print_lines(
+        f"Fetched step {step:,} from {place.name}: {format_bytes(bundle.listing.size)}, whole, {seconds:.1f} s"
+    )
 
 
 class RemoteCheckpoints:

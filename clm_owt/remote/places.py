@@ -35,7 +35,7 @@ OPTIONS = {"file": {"auto_mkdir": True}, "local": {"auto_mkdir": True}, "s3": S3
 
 
 @dataclass(frozen=True)
-class Found:
+class RemoteBundle:
     """A whole bundle at a place: what it lists, and where it is there."""
 
     listing: Listing
@@ -53,13 +53,13 @@ class Place(Protocol):
     def check(self) -> None:
         """Raise what would keep a bundle from being put here, as far as that can be seen beforehand."""
 
-    def find(self) -> list[Found]:
+    def find(self) -> list[RemoteBundle]:
         """The whole bundles, newest first: one at most, unless a kill has kept an older one from being removed."""
 
-    def read(self, found: Found, name: str) -> bytes:
+    def read(self, bundle: RemoteBundle, name: str) -> bytes:
         """One of its files, a small one. Nothing is verified."""
 
-    def fetch(self, found: Found, folder: Path) -> None:
+    def fetch(self, bundle: RemoteBundle, folder: Path) -> None:
         """Download it into a folder, in which files of an attempt before are taken over. Nothing is verified."""
 
     def will_not_pass(self, error: Exception) -> bool:
@@ -106,7 +106,7 @@ class HubPlace:
     def check(self) -> None:
         """Of the repository, that is `hub.check_repository`."""
 
-    def find(self) -> list[Found]:
+    def find(self) -> list[RemoteBundle]:
         repo_id = self._repo_id
         if "/" not in repo_id:
             repo_id = f"{self._api.whoami(cache=True)['name']}/{repo_id}"
@@ -115,20 +115,20 @@ class HubPlace:
             listing = Listing.read(self._download(repo_id, MARKER))
         except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError):
             return []
-        return [Found(listing, repo_id)]
+        return [RemoteBundle(listing, repo_id)]
 
-    def read(self, found: Found, name: str) -> bytes:
-        return self._download(found.where, name)
+    def read(self, bundle: RemoteBundle, name: str) -> bytes:
+        return self._download(bundle.where, name)
 
     def _download(self, repo_id: str, name: str) -> bytes:
         with tempfile.TemporaryDirectory() as aside:
             file = hf_hub_download(repo_id, f"{self.FOLDER}/{name}", revision=self.BRANCH, local_dir=aside)
             return Path(file).read_bytes()
 
-    def fetch(self, found: Found, folder: Path) -> None:
+    def fetch(self, bundle: RemoteBundle, folder: Path) -> None:
         aside = folder / "download"
-        snapshot_download(found.where, revision=self.BRANCH, allow_patterns=f"{self.FOLDER}/*", local_dir=aside)
-        for name in (*found.listing.files, MARKER):
+        snapshot_download(bundle.where, revision=self.BRANCH, allow_patterns=f"{self.FOLDER}/*", local_dir=aside)
+        for name in (*bundle.listing.files, MARKER):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (aside / self.FOLDER / name).replace(folder / name)
 
@@ -178,13 +178,13 @@ class Mirror:
         self._files.pipe_file(probe, b"")
         self._files.rm_file(probe)
 
-    def find(self) -> list[Found]:
+    def find(self) -> list[RemoteBundle]:
         found, damaged = [], None
         for name in self._bundles():
             try:
                 content = self._files.cat_file(f"{self._root}/{name}/{MARKER}")
                 if content:
-                    found.append(Found(Listing.read(content), name))
+                    found.append(RemoteBundle(Listing.read(content), name))
             except FileNotFoundError:  # it is being written or removed, or its writing was cut short
                 continue
             except ValueError as error:
@@ -193,17 +193,17 @@ class Mirror:
             raise damaged
         return found
 
-    def read(self, found: Found, name: str) -> bytes:
-        return self._files.cat_file(f"{self._root}/{found.where}/{name}")
+    def read(self, bundle: RemoteBundle, name: str) -> bytes:
+        return self._files.cat_file(f"{self._root}/{bundle.where}/{name}")
 
-    def fetch(self, found: Found, folder: Path) -> None:
-        for file, entry in found.listing.files.items():
+    def fetch(self, bundle: RemoteBundle, folder: Path) -> None:
+        for file, entry in bundle.listing.files.items():
             target = folder / file
             if target.is_file() and fingerprint(target) == entry:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._files.get_file(f"{self._root}/{found.where}/{file}", str(target))
-        self._files.get_file(f"{self._root}/{found.where}/{MARKER}", str(folder / MARKER))
+            self._files.get_file(f"{self._root}/{bundle.where}/{file}", str(target))
+        self._files.get_file(f"{self._root}/{bundle.where}/{MARKER}", str(folder / MARKER))
 
     def _bundles(self) -> list[str]:
         """The names of what lies there, whole or not, newest first."""

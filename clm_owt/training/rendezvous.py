@@ -63,7 +63,7 @@ def agree_on_round(store: Store, rank: int, world_size: int) -> tuple[str, list[
             store.set(ROUND, json.dumps([name, members]))
         elif rank != 0 and store.check([ROUND]):
             called, found = json.loads(store.get(ROUND))
-            if called != name and found[rank:][:1] == [token]:
+            if called != name and token in found:
                 name, members = called, found
                 store.set(f"{name}/{rank}", "here")
         if rank == 0 and members and store.check([f"{name}/{other}" for other in range(1, world_size)]):

@@ -40,6 +40,12 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     flush_to_disk(path.parent)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed had written aside in `folder`, where no other writes now."""
+    for path in folder.glob(f"*{PARTIAL}"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """A text file in UTF-8, replaced in one step."""
     with replacing(path) as aside:

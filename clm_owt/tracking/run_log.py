@@ -124,10 +124,11 @@ class RunLog:
             self.say(textwrap.shorten(f"  sample: {prompt}{text}", width=160, placeholder=" ..."))
         self._trackers.samples(step, prompts, continuations)
 
-    def exported(self) -> None:
-        """The end of the run is in plan.json: where losses to compare with are in it, they come into the curves."""
+    def finish_curves(self) -> None:
+        """Draw the curves for the last time. Where losses to compare with are in plan.json by now, they come in."""
         if self._is_main and "baselines" in read_plan(self._folder):
             self._curves.redraw()
+        self._curves.finish()
 
     def unwritten(self) -> list[str]:
         """Try again to write what could not be written to the run's files; the problems that are left, as text."""
@@ -139,7 +140,7 @@ class RunLog:
         return problems
 
     def close(self) -> None:
-        """Close the files and the trackers, the curves drawn to the end. May be called twice."""
+        """Close the files and the trackers, once what was to be drawn is drawn. May be called twice."""
         self._curves.finish()
         for problem in self.unwritten():
             self.say(problem)

@@ -20,7 +20,7 @@ from clm_owt.data.sources import Source
 from clm_owt.data.token_store import TokenStore
 from clm_owt.errors import InputError
 from clm_owt.file_lock import check_writable
-from clm_owt.files import replacing, replacing_folder, write_text
+from clm_owt.files import remove_leftovers, replacing, replacing_folder, write_text
 from clm_owt.formatting import format_clock
 from clm_owt.model.fp8 import transpose_linear_weights
 from clm_owt.model.gpt2 import GPT2ForPretraining
@@ -241,6 +241,7 @@ def begin(
             f"after step {plan.total_steps:,}, counted from the start; raise max_steps or num_train_epochs"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     if existing.branches_off:  # its history, which the log then cuts back to the checkpoint
         for name in ("metrics.jsonl", "samples.md"):
             file = existing.checkpoint.parent.parent / name
@@ -267,7 +268,7 @@ def export(
     state: TrainState,
     processes: Processes,
 ) -> None:
-    """Write `model/` with model and tokenizer, in one piece, and the end of the run to plan.json. Collective."""
+    """Write `model/` with model and tokenizer, in one piece, and what is known at the end to plan.json. Collective."""
     parameters = copy_to_host(dict(model.named_parameters()), keep=processes.is_main)
     if not processes.is_main:
         return
@@ -275,10 +276,15 @@ def export(
     with replacing_folder(folder / "model") as aside:
         model.save_pretrained(aside, state_dict=transpose_linear_weights(model, parameters))
         tokenizer.save_pretrained(aside)
-    end: dict[str, object] = {"finished": True, "elapsed_seconds": round(state.elapsed_seconds, 1)}
+    end: dict[str, object] = {"elapsed_seconds": round(state.elapsed_seconds, 1)}
     if store.complete and store.train_blocks * recipe.block_size <= BASELINE_TOKENS:
         end["baselines"] = ngram_baselines(store, recipe.seed, state.position, len(tokenizer))
     write_plan(folder, read_plan(folder) | end)
+
+
+def mark_finished(folder: Path) -> None:
+    """The last that is written of a run's results: before it, the same command goes on with them."""
+    write_plan(folder, read_plan(folder) | {"finished": True})
 
 
 def write_plan(folder: Path, content: dict[str, object]) -> None:

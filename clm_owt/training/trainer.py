@@ -549,9 +549,10 @@ class Trainer:
         return f"make room or repair {self.checkpoints.folder}, and the same command continues"
 
     def export(self) -> None:
-        """Write `model/`, and the end of the run to plan.json. Collective."""
+        """Write `model/`, draw the curves to the end, and mark the run as finished in plan.json. Collective."""
         run_folder.export(self.recipe, self.model, self.tokenizer, self.store, self.state, self.processes)
-        self.log.exported()
+        self.log.finish_curves()
+        self.processes.on_main(run_folder.mark_finished, Path(self.recipe.output_dir))
 
 
 def done_at_step(state: TrainState) -> tuple[int, ...]:

@@ -2,12 +2,14 @@
 
 import itertools
 import signal
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 from support.bench import SAVE_STEPS, STEPS, campaign, last_step
-from support.disturbances import PROCESS_GROUP_TIMEOUT, at_step, before_file_operation, kill_myself
+from support.disturbances import PROCESS_GROUP_TIMEOUT, HandedIn, at_step, before_file_operation, kill_myself
 
 from clm_owt.training.checkpoint import checkpoints
 
@@ -52,7 +54,7 @@ def test_where_one_of_two_processes_is_killed_both_end_and_the_run_continues(
 ):
     """SIGKILL of one of 2 processes, or both"""
     for attempt in itertools.count():
-        home, instant = tmp_path / str(attempt), bench.instant(draw)
+        home, instant = tmp_path / str(attempt), bench.instant(draw, 1.0, victims[0], 2)
         jobs = bench.start_several(home, 2)
         jobs[victims[0]].wait_for_cpu(instant)
         for victim in victims:
@@ -96,6 +98,24 @@ def test_a_save_that_a_kill_cuts_short_costs_no_checkpoint(bench, tmp_path, reco
         left = sorted(path.name for path in bench.checkpoints_of(home).iterdir())
         bench.finish(home)
         record_fault(f"save of step {save}, before operation {number}, leaving {', '.join(left)}")
+
+
+def in_last_drawing(handed_in: HandedIn) -> None:
+    """The process is killed when the last picture of its curves is written, and not yet renamed."""
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event == "os.rename" and "training_curves" in str(arguments[0]) and Path("runs/small/model").exists():
+            kill_myself()
+
+    sys.addaudithook(watch)
+
+
+def test_a_run_killed_after_the_export_is_finished_by_the_same_command(bench, home, record_fault):
+    """SIGKILL between the export and the end of the run"""
+    bench.interrupt(home, in_last_drawing)
+    (bench.run_of(home) / "run_state.json.4711.partial").touch()  # as of a process killed while it wrote its state
+    assert "Continuing after step 60" in bench.finish(home)
+    record_fault("in the last drawing of the curves: exported again")
 
 
 @pytest.mark.parametrize("number", campaign(range(8), short=0))

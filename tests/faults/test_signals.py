@@ -73,7 +73,7 @@ def test_where_one_of_two_processes_is_told_to_stop_both_do(bench, tmp_path, dra
     """A signal to one of 2 processes, or to both, at a random instant, continued"""
     signum, victims, most = case
     for attempt in itertools.count():
-        home, instant = tmp_path / str(attempt), bench.instant(draw, most)
+        home, instant = tmp_path / str(attempt), bench.instant(draw, most, victims[0], 2)
         jobs = bench.start_several(home, 2)
         jobs[victims[0]].wait_for_cpu(instant)
         for job in jobs:

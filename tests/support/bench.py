@@ -49,23 +49,22 @@ class Bench:
         self.cache = folder / "cache"
         data = write_json_lines(folder / "documents.jsonl", english_documents()[900:943])
         self.recipe = write_tiny_recipe(folder, str(data), self.cache, "small", optimizer=optimizer, **CHANGES)
-        self.reference = self.undisturbed("reference", 1)  # builds the store
+        self.reference, _ = self.undisturbed("reference", 1)  # builds the store
         rows = read_metrics(self.run_of(self.reference) / "metrics.jsonl")
         assert max(row.get("epoch", 0) for row in rows) > 1, "the run crosses no epoch boundary"
-        again = self.start(folder / "measured")
-        assert again.wait() == 0, again.text
-        self.cpu_seconds = again.cpu_seconds  # of an undisturbed run
+        _, self.cpu_seconds = self.undisturbed("measured", 1)
 
     @functools.cached_property
-    def reference_of_two(self) -> Path:
-        """The home of the undisturbed run of two processes."""
+    def undisturbed_of_two(self) -> tuple[Path, list[float]]:
         return self.undisturbed("reference-2", 2)
 
-    def undisturbed(self, name: str, processes: int) -> Path:
+    def undisturbed(self, name: str, processes: int) -> tuple[Path, list[float]]:
+        """An undisturbed run: its home, and the seconds of CPU time of each of its processes."""
         home = self.folder / name
-        for job in self.start_several(home, processes):
+        jobs = self.start_several(home, processes)
+        for job in jobs:
             assert job.wait() == 0, job.text
-        return home
+        return home, [job.cpu_seconds for job in jobs]
 
     @staticmethod
     def run_of(home: Path) -> Path:
@@ -91,9 +90,11 @@ class Bench:
         job = self.start(home, *disturbances, options=options)
         assert job.wait() == -9, f"status {job.status}\n{job.text}"
 
-    def instant(self, draw: Random, most: float = 1.0) -> float:
-        """Seconds of CPU time into a run: however busy the machine is, they spread over the run."""
-        return draw.uniform(0.0, most * self.cpu_seconds)
+    def instant(self, draw: Random, most: float = 1.0, rank: int = 0, processes: int = 1) -> float:
+        """Seconds of CPU time into a run, of one of its one or two processes: however busy the machine is, they spread
+        over the run."""
+        cpu_seconds = self.cpu_seconds if processes == 1 else self.undisturbed_of_two[1]
+        return draw.uniform(0.0, most * cpu_seconds[rank])
 
     def finish(self, home: Path, processes: int = 1, options: Sequence[str] = ()) -> str:
         """Continue by the same command, to the end, which must be that of the undisturbed run of so many processes;
@@ -101,7 +102,7 @@ class Bench:
         jobs = self.start_several(home, processes, options=options)
         for job in jobs:
             assert job.wait() == 0, f"the same command ended with status {job.status}\n{job.text}"
-        self.compare(home, self.reference if processes == 1 else self.reference_of_two)
+        self.compare(home, self.reference if processes == 1 else self.undisturbed_of_two[0])
         return jobs[0].text
 
     def compare(self, home: Path, reference: Path) -> None:

@@ -36,12 +36,13 @@ Disturbance = Callable[[HandedIn], None]
 def run_disturbed(argv: Sequence[str], disturbances: Sequence[Disturbance]) -> None:
     """`run_clm_owt.main(argv)` with its disturbances; processes that lose another one do not wait for long."""
     import run_clm_owt
-    from clm_owt.training import launch, processes
+    from clm_owt.training import launch, processes, rendezvous
     from clm_owt.training.micro_batch_search import find_micro_batch
     from clm_owt.training.processes import Processes
     from clm_owt.training.trainer import Trainer
 
     launch.PATIENCE = processes.PATIENCE = timedelta(seconds=PROCESS_GROUP_TIMEOUT)
+    rendezvous.MEETING_SECONDS = PROCESS_GROUP_TIMEOUT
     handed_in = HandedIn(Trainer, Processes, find_micro_batch)
     for disturbance in disturbances:
         disturbance(handed_in)

@@ -18,11 +18,10 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from clm_owt.batch import candidate_sizes
 from clm_owt.errors import InputError
 from clm_owt.formatting import format_bytes, format_duration, markdown_table, text_table
-from clm_owt.planning.devices import DEVICES, Device, Hardware, find_device
-from clm_owt.planning.memory import count_parameters, step_memory
+from clm_owt.planning.devices import DEVICES, Device, find_device
+from clm_owt.planning.memory import count_parameters, fitting_micro_batch, step_memory
 from clm_owt.planning.plan import flops_per_token
 from clm_owt.planning.step_time import (
     ASSUMPTIONS,
@@ -70,31 +69,23 @@ def estimate(recipe: Recipe, vocab_size: int, device: Device, processes: int = 1
 
     hardware = device.hardware(processes)
     budget = recipe.target_memory_utilization * device.memory
-    batch = recipe.effective_batch_size
-    sizes = list(candidate_sizes(batch, processes, batch))
     correction, traced = 0, {}
     while True:
-        largest = next(
-            (size for size in sizes if by_formula(recipe, vocab_size, size, hardware) + correction <= budget), 0
-        )
-        micro_batch = next((size for size in sizes if size <= min(largest, recipe.max_batch_size)), 0)
+        largest, micro_batch = fitting_micro_batch(recipe, vocab_size, hardware, correction)
         if micro_batch == 0 or micro_batch in traced:
             break
         traced[micro_batch] = trace_step(recipe, vocab_size, micro_batch, hardware)
-        correction = sum(traced[micro_batch].values()) - by_formula(recipe, vocab_size, micro_batch, hardware)
+        by_formula = step_memory(recipe, vocab_size, micro_batch, hardware)
+        correction = sum(traced[micro_batch].values()) - sum(by_formula.values())
     micro_batch = max((size for size, memory in traced.items() if sum(memory.values()) <= budget), default=0)
     return Estimate(
         device=device,
         largest=largest,
         micro_batch=micro_batch,
-        accumulation=-(-batch // (micro_batch * processes)) if micro_batch else 0,
+        accumulation=-(-recipe.effective_batch_size // (micro_batch * processes)) if micro_batch else 0,
         memory=traced.get(micro_batch, {}),
         step_seconds=step_seconds(recipe, vocab_size, micro_batch or 1, hardware),
     )
-
-
-def by_formula(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Hardware) -> int:
-    return sum(step_memory(recipe, vocab_size, micro_batch, hardware).values())
 
 
 def measure(argv: list[str], vocab_size: int, micro_batch: int, mixed_precision: str) -> int:

@@ -1,6 +1,7 @@
 """Trainings as commands of their own, which are told to stop when this program is, and waited for."""
 
 import contextlib
+import fcntl
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 POLL_SECONDS = 0.1
 ERROR_LINES = 3  # of a failed run's log
@@ -41,11 +43,15 @@ def execute(
     exit status, or None where it was ended because `is_hopeless`.
 
     The command has a process group of its own, so that the training ends with its launcher. An interrupted one saves
-    itself, which is waited for also where its launcher has left before, and is continued the next time.
+    itself, which is waited for also where its launcher has left before, and is continued the next time. One that a
+    killed program left running is waited for before the command starts again.
     """
     own_programs_first = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": own_programs_first} | variables
     with log.open("ab") as output:
+        wait_for_earlier(output, log, interrupted)
+        if interrupted.is_set():
+            return 128 + signal.SIGTERM
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
@@ -57,6 +63,24 @@ def execute(
             time.sleep(POLL_SECONDS)
         wait_for_group(process.pid)
     return None if ended and not interrupted.is_set() else process.returncode
+
+
+def wait_for_earlier(output: BinaryIO, log: Path, interrupted: threading.Event) -> None:
+    """Until no earlier command writes to `log`, or this program is interrupted. The lock on the open file belongs to
+    all processes that inherited it: it lasts until the last of them has ended, though who started them was killed."""
+    said = False
+    while not interrupted.is_set():
+        try:
+            return fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not said:
+                print(
+                    f"{log}: the command that writes to it still runs, begun before; waiting for its end", flush=True
+                )
+            said = True
+            time.sleep(POLL_SECONDS)
+        except OSError:  # a file system without locks
+            return None
 
 
 def wait_for_group(group: int) -> None:

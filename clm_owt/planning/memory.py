@@ -1,6 +1,6 @@
 """The memory of a training step by arithmetic, `training/memory_trace.py` finds it from the code."""
 
-from clm_owt.batch import GRADIENT_BUCKET_BYTES, largest_share, loss_chunk_bytes, loss_chunk_rows
+from clm_owt.batch import GRADIENT_BUCKET_BYTES, candidate_sizes, largest_share, loss_chunk_bytes, loss_chunk_rows
 from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.planning.devices import Hardware
 from clm_owt.recipe import Recipe, is_compiled
@@ -72,3 +72,14 @@ def step_memory(recipe: Recipe, vocab_size: int, micro_batch: int, hardware: Har
         copies = min(GRADIENT_BUCKET_BYTES, weights) if summed else 0
         parts |= {"gradients": weights + copies, "activations": 0, "loss": 0}
     return parts
+
+
+def fitting_micro_batch(recipe: Recipe, vocab_size: int, hardware: Hardware, correction: int = 0) -> tuple[int, int]:
+    """The largest useful micro-batch whose step, `correction` bytes more than estimated, fits into the recipe's share
+    of the device's memory, and what a run takes, at most max_batch_size; 0 where not even one block fits."""
+    budget = recipe.target_memory_utilization * hardware.memory - correction
+    sizes = list(candidate_sizes(recipe.effective_batch_size, hardware.processes, recipe.effective_batch_size))
+    largest = next(
+        (size for size in sizes if sum(step_memory(recipe, vocab_size, size, hardware).values()) <= budget), 0
+    )
+    return largest, next((size for size in sizes if size <= min(largest, recipe.max_batch_size)), 0)

@@ -1,0 +1,64 @@
+"""All that a study measures of a model: its predictions, their calibration, and the text that it generates."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from clm_owt.errors import InputError
+from clm_owt.evaluation.calibration import calibration
+from clm_owt.evaluation.generation import generation, prompts_from
+from clm_owt.evaluation.predictions import prediction_statistics, temperature_for_entropy
+from clm_owt.evaluation.windows import Window
+
+GENERATED = ("entropy_drift", "seq_rep_4", "distinct_1", "distinct_2", "distinct_3", "distinct_4")
+BATCH_SIZE = 8  # windows at a time
+SEED = 1  # of the generated texts, the same for all models
+
+
+def measure_model(
+    model: PreTrainedModel, windows: Sequence[Window], settings: Mapping[str, Any], temperature: float = 1.0
+) -> dict[str, Any]:
+    """The measures of a model at a temperature, as they are kept: `values` by name, those of generation as
+    `<sampling>/<name>`; `bins` of the calibration; entropies by position, of each sampling. `settings` as in
+    clm_owt.experiments.study.MeasuringSettings."""
+    statistics = prediction_statistics(model, windows, BATCH_SIZE, temperature, settings["top_k"])
+    found = calibration(model, windows, BATCH_SIZE, temperature, settings["bins"])
+    values = statistics._asdict() | {name: value for name, value in found._asdict().items() if name != "bins"}
+    prompt_tokens, new_tokens = settings["prompt_tokens"], settings["new_tokens"]
+    texts = prompts_from(windows, settings["prompts"], prompt_tokens + new_tokens)
+    by_position = {}
+    for sampling, top_p in settings["samplings"].items():
+        generated = generation(
+            model,
+            texts[:, :prompt_tokens],
+            texts[:, prompt_tokens:],
+            new_tokens=new_tokens,
+            top_p=top_p,
+            model_temperature=temperature,
+            seed=SEED,
+            batch_size=settings["prompts"],
+        )
+        values |= {f"{sampling}/{name}": getattr(generated, name) for name in GENERATED}
+        by_position[sampling] = {
+            "generated": list(map(float, generated.entropy_by_position)),
+            "real": list(map(float, generated.real_entropy_by_position)),
+        }
+    return {
+        "temperature": temperature,
+        "values": {name: float(value) for name, value in values.items()},
+        "bins": [list(bin) for bin in found.bins],
+        "entropy_by_position": by_position,
+    }
+
+
+def measure_control(
+    model: PreTrainedModel, windows: Sequence[Window], settings: Mapping[str, Any], entropy: float
+) -> dict[str, Any]:
+    """The measures of a model at the temperature that gives it this mean entropy (nats a token). Where there is none,
+    `error` says so in their place."""
+    try:
+        temperature = temperature_for_entropy(model, windows, BATCH_SIZE, entropy)
+    except InputError as error:
+        return {"error": str(error)}
+    return measure_model(model, windows, settings, temperature)

@@ -60,9 +60,10 @@ def main(argv: list[str]) -> int:
         trained = LocalSweep(sweep, extra, places, folder, interrupted)
         trained.carry_out_all(runs)
         finished = [run for run in runs if run.status == "finished"]
-        measured = plan_measurements(finished, settings_of(options, runs), folder / "measures")
         measuring = Measuring([sys.executable, __file__, "--measure"], folder / "measures", places, interrupted)
+        measured = []
         if not interrupted.is_set():
+            measured = plan_measurements(finished, settings_of(options, runs), folder / "measures")
             measuring.measure_all(measured)
     if interrupted.is_set():
         print("Interrupted; the same command continues.")
@@ -182,7 +183,8 @@ def report(
 
     findings = Findings(studied_runs(runs, measured), predict)
     if not findings.measures:
-        raise InputError(f"{sweep.name}: no run has finished and was measured: there is nothing to report")
+        print("No run has finished and was measured: there is nothing to report", flush=True)
+        return
     about = about_lines(sweep, runs, notes, measured)
     said = write_report(StudyText(f"The study {sweep.name}", command, about), findings, folder)
     print("", *(line.replace("`", "") for line in said), sep="\n")

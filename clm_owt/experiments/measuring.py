@@ -15,7 +15,7 @@ from clm_owt.experiments.study import MeasuredRun, Measurement
 from clm_owt.files import write_text
 from clm_owt.formatting import format_clock, format_duration
 
-AT_A_TIME = 8  # models that a process measures: its imports take as long as one
+AT_A_TIME = 12  # models that a process measures: its imports take as long as one
 
 
 class Measuring:

@@ -120,8 +120,10 @@ class Findings:
 
     def effects(self, measure: str) -> dict[Setting, Difference]:
         """Of each setting to λ = 0."""
-        values = {setting: values_of(self.measured(setting), measure) for setting in (UNPENALISED, *self.settings)}
-        return compare(values, UNPENALISED)
+        reference = values_of(self.measured(UNPENALISED), measure)
+        values = {setting: values_of(self.measured(setting), measure) for setting in self.settings}
+        paired = {setting: of_seeds for setting, of_seeds in values.items() if of_seeds.keys() & reference.keys()}
+        return compare({UNPENALISED: reference, **paired}, UNPENALISED)
 
     def predictions(self, measure: str, setting: Setting) -> dict[int, float]:
         """The effects predicted to first order by seed, from the models at λ = 0 alone; empty where the theory does

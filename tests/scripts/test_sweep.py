@@ -18,7 +18,7 @@ from support.runs import MAIN, ROOT, environment, launcher, run
 from clm_owt.experiments.sweep_file import plan_grid, read_sweep
 from clm_owt.recipe_reader import load_recipe
 
-SWEEPS = sorted((ROOT / "recipes/sweeps").glob("*.yaml"))
+SWEEPS = [path for kind in ("sweeps", "studies") for path in sorted((ROOT / "recipes" / kind).glob("*.yaml"))]
 SCRIPT = [sys.executable, str(ROOT / "scripts/sweep.py")]
 
 

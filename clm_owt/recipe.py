@@ -141,7 +141,9 @@ class Recipe:
     torch_compile: bool | Literal["auto"] = key("auto compiles where it pays", "auto", one_of("auto", True, False))
     logits_dtype: str = result_key("compute: training's logits as its products, bf16", "float32", one_of(*LOGITS))
     # penalty
-    penalty_type: str = result_key("sharpness penalty", "non_max_sum", one_of(*PENALTY_TYPES))
+    penalty_type: str = result_key(
+        "penalty; the first two have the same gradient", "non_max_sum", one_of(*PENALTY_TYPES)
+    )
     penalty_weight: float = result_key("λ: loss = cross-entropy + λ · penalty", 0.0)
     penalty_top_k: int = result_key("k of top_k_mass", 5, at_least(1))
     # intervals

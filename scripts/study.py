@@ -135,17 +135,19 @@ def measure(measurements: Sequence[Mapping[str, object]]) -> int:
     import torch
     import transformers
 
-    from clm_owt.evaluation.model_measures import measure_control, measure_model
+    from clm_owt.evaluation.model_measures import RememberedLogits, measure_control, measure_model
     from clm_owt.evaluation.windows import recipe_windows
     from clm_owt.training.trained_model import load_trained
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    windows, status = None, 0
+    loaded, windows, status = None, None, 0
     for measurement in measurements:
         name, key = measurement["name"], measurement["key"]
         try:
-            model, tokenizer = load_trained(measurement["model"])
+            if loaded != measurement["model"]:
+                loaded_model, tokenizer = load_trained(measurement["model"])
+                model, loaded = RememberedLogits(loaded_model), measurement["model"]
             if windows is None:  # all runs of a study have the same
                 windows = recipe_windows(measurement["recipe"], tokenizer, model.config.n_positions, None)
             with torch.no_grad():

@@ -50,6 +50,10 @@ NOT_RUN = [
     (r".*s3://", "needs a bucket; tests/faults/test_lost_disks.py has one on this machine"),
     (r".*--branch_from", "trains 4,000 steps; tests/training/test_branch.py runs such branches"),
     (r"python -m pytest", "is part of this suite"),
+    (
+        r"python scripts/study.py (?!.*--plan_only)",
+        "trains for an hour; tests/faults/test_studies.py runs a small one",
+    ),
 ]
 
 # Words that a command begins with, in a line of text or a table.
@@ -115,7 +119,8 @@ class Checkout:
         for name in ("README.md", "run_clm_owt.py", "scripts", "accelerate_configs"):
             (folder / name).symlink_to(ROOT / name)
         (folder / "recipes").mkdir()
-        (folder / "recipes/sweeps").symlink_to(ROOT / "recipes/sweeps")
+        for kind in ("sweeps", "studies"):
+            (folder / "recipes" / kind).symlink_to(ROOT / "recipes" / kind)
         for recipe in RECIPES:
             (folder / "recipes" / recipe.name).write_text(yaml.safe_dump(TINY))
         (folder / "my").mkdir()
@@ -245,6 +250,7 @@ EXPECTED = [
     (r".*evaluate_model.py", r"loss \d+\.\d+  perplexity"),
     (r".*sample.py(?!.* > )", "Returns the"),
     (r".*sweep.py(?!.*--dry_run)", "Best: "),
+    (r".*study.py", "Plan of the study lambda_owt: 75 runs of 12 steps"),
     (r".*record.py add", "Recorded: "),
     (r".*--dry_run", "run_clm_owt.py --recipe=recipes/owt_512.yaml"),
     (r".*estimate.py(?!.*--parts)", "Memory of each device, estimated"),

@@ -1,8 +1,10 @@
 """All that a study measures of a model: its predictions, their calibration, and the text that it generates."""
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from clm_owt.errors import InputError
@@ -13,11 +15,32 @@ from clm_owt.evaluation.windows import Window
 
 GENERATED = ("entropy_drift", "seq_rep_4", "distinct_1", "distinct_2", "distinct_3", "distinct_4")
 BATCH_SIZE = 8  # windows at a time
+REMEMBERED_BYTES = 2 * 2**30  # the quickstart's validation set takes 0.8 GB, GPT-2's on OpenWebText 220
 SEED = 1  # of the generated texts, the same for all models
 
 
+class RememberedLogits:
+    """A model that gives logits of the same inputs without computing them again, for statistics at one temperature and
+    another. Those that do not fit into `limit` bytes are computed each time."""
+
+    def __init__(self, model: PreTrainedModel, limit: int = REMEMBERED_BYTES):
+        self.model, self.config, self.device = model, model.config, model.device
+        self._known: dict[bytes, Tensor] = {}
+        self._left = limit
+
+    def __call__(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        inputs = input_ids.cpu().numpy().tobytes()
+        logits = self._known.get(inputs)
+        if logits is None:
+            logits = self.model(input_ids, use_cache=use_cache).logits
+            if logits.nbytes <= self._left:
+                self._known[inputs] = logits
+                self._left -= logits.nbytes
+        return SimpleNamespace(logits=logits)
+
+
 def measure_model(
-    model: PreTrainedModel, windows: Sequence[Window], settings: Mapping[str, Any], temperature: float = 1.0
+    model: RememberedLogits, windows: Sequence[Window], settings: Mapping[str, Any], temperature: float = 1.0
 ) -> dict[str, Any]:
     """The measures of a model at a temperature, as they are kept: `values` by name, those of generation as
     `<sampling>/<name>`; `bins` of the calibration; entropies by position, of each sampling. `settings` as in
@@ -30,7 +53,7 @@ def measure_model(
     by_position = {}
     for sampling, top_p in settings["samplings"].items():
         generated = generation(
-            model,
+            model.model,
             texts[:, :prompt_tokens],
             texts[:, prompt_tokens:],
             new_tokens=new_tokens,
@@ -53,7 +76,7 @@ def measure_model(
 
 
 def measure_control(
-    model: PreTrainedModel, windows: Sequence[Window], settings: Mapping[str, Any], entropy: float
+    model: RememberedLogits, windows: Sequence[Window], settings: Mapping[str, Any], entropy: float
 ) -> dict[str, Any]:
     """The measures of a model at the temperature that gives it this mean entropy (nats a token). Where there is none,
     `error` says so in their place."""

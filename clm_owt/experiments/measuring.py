@@ -36,18 +36,17 @@ class Measuring:
         self.failed: list[Measurement] = []
 
     def measure_all(self, runs: Sequence[MeasuredRun]) -> None:
-        """All that is not measured yet; a control after its run, whose entropy it needs, and in the same process."""
-        missing = [[m for m in run.measurements if m.kept() is None] for run in runs]
-        batches: list[list[Measurement]] = []
-        for of_run in filter(None, missing):
-            if batches and len(batches[-1]) + len(of_run) <= AT_A_TIME:
-                batches[-1] += of_run
-            else:
-                batches.append(of_run)
-        self.left = sum(map(len, batches))
-        print(f"Models to measure: {self.left}, others kept: {sum(len(r.measurements) for r in runs) - self.left}")
+        """All that is not measured yet: the models, and then the controls, which need the entropies of these. Controls
+        that are one model at several temperatures are measured one after the other."""
+        models = [run.model for run in runs]
+        controls = sorted((run.control for run in runs if run.control), key=lambda control: control.model)
+        missing = [[m for m in measurements if m.kept() is None] for measurements in (models, controls)]
+        self.left = sum(map(len, missing))
+        print(f"Models to measure: {self.left}, others kept: {len(models) + len(controls) - self.left}", flush=True)
         with ThreadPoolExecutor(self.places) as pool:
-            list(pool.map(self.measure, batches))
+            for measurements in missing:
+                size = min(AT_A_TIME, -(-len(measurements) // self.places) or 1)
+                list(pool.map(self.measure, (measurements[i : i + size] for i in range(0, len(measurements), size))))
 
     def measure(self, batch: list[Measurement]) -> None:
         """Some models, on the next free place."""

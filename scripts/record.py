@@ -36,6 +36,7 @@ def add(options: argparse.Namespace) -> int:
         machine=machine,
         config=options.config_file,
         spread_of=options.spread_of,
+        report=options.report,
     )
     record = add_record(options.folder / options.name, new, options.replace)
     for setting in record["settings"]:
@@ -99,6 +100,7 @@ def main(argv: list[str]) -> int:
     adding.add_argument(
         "--spread_of", metavar="NAME/RUN", help="a recorded run whose deviation over seeds holds here, too"
     )
+    adding.add_argument("--report", type=Path, metavar="FOLDER", help="of a study or sweep, whose report is kept too")
     adding.add_argument("--replace", action="store_true", help="write over the record of that name")
     adding.set_defaults(run=add)
     reproducing = commands.add_parser("reproduce", help="run recorded runs again")

@@ -31,7 +31,7 @@ from clm_owt.experiments.measuring import Measuring
 from clm_owt.experiments.study import MeasuredRun, MeasuringSettings, plan_measurements, plan_study
 from clm_owt.experiments.study_plan import plan_lines
 from clm_owt.experiments.sweep_file import Sweep, SweptRun, read_sweep
-from clm_owt.files import replacing
+from clm_owt.files import replacing, write_text
 from clm_owt.planning.devices import DEVICES, find_device
 from clm_owt.program import run_script
 from clm_owt.recipe import show
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> int:
     check_intervals_can_be_computed()
     folder = Path("runs/studies") / sweep.name
     (folder / "measures").mkdir(parents=True, exist_ok=True)
+    write_text(folder / "study.yaml", options.study.read_text(encoding="utf-8"))
     print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     with interruption() as interrupted:
         trained = LocalSweep(sweep, extra, places, folder, interrupted)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,6 +37,8 @@ KEPT_TRAINING_ROWS = 10  # every so many of them
 
 # Keys that say where a run was, began and was kept; in a record, and when it runs again, they have their defaults.
 NOT_RECORDED = {*PLACES, "branch_from", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"}
+
+REPORT_FILES = (".csv", ".html", ".md", ".png", ".txt", ".yaml")  # by their endings; and study.log
 
 # The shipped configuration that gives these processes and this precision on a CPU.
 CPU_CONFIGS = {(1, "no"): "cpu.yaml", (1, "bf16"): "cpu_bf16.yaml", (2, "no"): "cpu_2proc.yaml"}
@@ -88,7 +91,8 @@ class NewRecord:
     shown and do not count; table: of the board, None for a result that is not on it; recipe: the one that the runs
     change; logs: a folder with `<run>.log`; machine: `threads` and `cores`, for runs whose plan.json does not have
     them; config: accelerate's configuration, where the runs were not launched with a shipped one for a CPU; spread_of:
-    NAME/RUN, a run of another record: the deviation over seeds of its setting holds for single runs, too.
+    NAME/RUN, a run of another record: the deviation over seeds of its setting holds for single runs, too;
+    report: the folder of a study or sweep, whose report, tables and pictures are kept as `report/`.
     """
 
     claim: str
@@ -100,6 +104,7 @@ class NewRecord:
     machine: Mapping[str, int] = dataclasses.field(default_factory=dict)
     config: str | None = None
     spread_of: str | None = None
+    report: Path | None = None
 
 
 def add_record(folder: Path, new: NewRecord, replace: bool = False) -> dict[str, Any]:
@@ -117,9 +122,13 @@ def add_record(folder: Path, new: NewRecord, replace: bool = False) -> dict[str,
     for run in (*runs, *tuning) if new.logs else ():
         if not (log := log_of(run, new.logs)).is_file():
             raise InputError(f"--logs: there is no {log}")
+    reported = report_files(new.report) if new.report else []
     with replacing_folder(folder) as aside:
         for run in (*runs, *tuning):
             copy_run(run, aside / "runs" / run.name, new.logs)
+        for file in reported:
+            (aside / "report").mkdir(exist_ok=True)
+            shutil.copyfile(file, aside / "report" / file.name)
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
         (aside / "record.yaml").write_text(text, encoding="utf-8")
     return content
@@ -353,6 +362,14 @@ def copy_run(run: RunRecord, target: Path, logs: Path | None) -> None:
     if logs is not None:
         printed = log_of(run, logs).read_text(encoding="utf-8", errors="replace")
         (target / "log.txt").write_text(without_places(printed, run), encoding="utf-8")
+
+
+def report_files(folder: Path) -> list[Path]:
+    """Of a study or sweep, without the output of its runs. Raises InputError where there are none."""
+    files = [file for file in folder.glob("*") if file.suffix in REPORT_FILES or file.name == "study.log"]
+    if not files:
+        raise InputError(f"--report: {folder} holds no report; expected runs/studies/NAME or runs/sweeps/NAME")
+    return sorted(files)
 
 
 def log_of(run: RunRecord, logs: Path) -> Path:

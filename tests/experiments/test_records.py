@@ -99,6 +99,17 @@ def test_a_record_keeps_no_place_of_the_machine_that_it_ran_on(tmp_path):
     assert (kept / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
 
 
+def test_a_study_s_report_is_kept_without_the_output_of_its_runs(tmp_path):
+    study = tmp_path / "study"
+    (study / "measures").mkdir(parents=True)
+    kept = ("report.html", "report.md", "effects.csv", "drift.png", "study.yaml", "study.log")
+    for name in (*kept, "quickstart,seed=1.log"):
+        (study / name).write_text(name)
+    add(tmp_path, "a", seeded(tmp_path, "a", [4.0]), "--report", str(study))
+    found = {file.name: file.read_text() for file in (tmp_path / "records/a/report").iterdir()}
+    assert found == {name: name for name in kept}
+
+
 def test_single_runs_say_so_and_take_their_deviation_from_a_record_with_seeds(tmp_path):
     add(tmp_path, "seeds", seeded(tmp_path, "a", [4.0, 4.2]))
     base, bf16 = write_run(tmp_path / "b", 4.0), write_run(tmp_path / "c", 4.1, precision="bf16")

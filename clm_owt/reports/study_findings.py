@@ -13,6 +13,8 @@ Setting = tuple[str, float]  # penalty type and weight
 UNPENALISED: Setting = ("", 0.0)  # λ = 0, whatever the penalty
 # The effects that are predicted, by measure, from the measures of a model at λ = 0, a penalty and its weight.
 Predict = Callable[[Mapping[str, float], str, float], Mapping[str, float]]
+# The largest |λ| at which effects are taken to be proportional to λ, and are pooled.
+SMALL_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
@@ -157,10 +159,50 @@ class Findings:
                 pairs[setting] = [found[seed] for seed in seeds], [controls[seed] for seed in seeds]
         return {setting: paired_difference(*pair, comparisons=len(pairs)) for setting, pair in pairs.items()}
 
+    def responses(self, measure: str) -> dict[str, Difference]:
+        """By penalty type: how many times the predicted effect the measured one is, pooled over the weights up to
+        SMALL_WEIGHT, each of which alone tells little. For each seed the slope of the line through 0; its mean over
+        the seeds. 1 is as predicted, 0 no effect."""
+        reference, found = values_of(self.measured(UNPENALISED), measure), {}
+        for setting in self.small_settings:
+            predicted = self.predictions(measure, setting)
+            for seed, value in values_of(self.measured(setting), measure).items():
+                if seed in predicted and seed in reference:
+                    point = predicted[seed], value - reference[seed]
+                    found.setdefault(setting[0], {}).setdefault(seed, []).append(point)
+        return slopes(found)
+
+    def slopes_beyond_temperature(self, measure: str) -> dict[str, Difference]:
+        """By penalty type: what a λ changes beyond a temperature, per unit of λ, pooled likewise."""
+        found = {}
+        for setting in self.small_settings:
+            controls = values_of(self.controls(setting), measure)
+            for seed, value in values_of(self.measured(setting), measure).items():
+                if seed in controls:
+                    point = setting[1], value - controls[seed]
+                    found.setdefault(setting[0], {}).setdefault(seed, []).append(point)
+        return slopes(found)
+
+    @property
+    def small_settings(self) -> list[Setting]:
+        return [setting for setting in self.settings if abs(setting[1]) <= SMALL_WEIGHT]
+
     def temperature(self, setting: Setting) -> float | None:
         """That of its controls, the mean over the seeds."""
         found = [control.temperature for control in self.controls(setting).values()]
         return statistics.fmean(found) if found else None
+
+
+def slopes(points: Mapping[str, Mapping[int, Sequence[tuple[float, float]]]]) -> dict[str, Difference]:
+    """Of points (x, y) by type and seed: the least-squares slope of y = a x for each seed, and its mean over the seeds
+    with its interval; those of all types hold together."""
+    found = {}
+    for penalty_type, by_seed in points.items():
+        lines = [own for own in by_seed.values() if any(x for x, _ in own)]
+        of_seeds = [sum(x * y for x, y in own) / sum(x * x for x, _ in own) for own in lines]
+        if of_seeds:
+            found[penalty_type] = paired_difference(of_seeds, [0.0] * len(of_seeds), comparisons=len(points))
+    return found
 
 
 def values_of(models: Mapping[int, ModelMeasures], measure: str) -> dict[int, float]:

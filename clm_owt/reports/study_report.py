@@ -20,6 +20,7 @@ from clm_owt.reports.study_findings import (
     CALIBRATION,
     GENERATION,
     PREDICTED,
+    SMALL_WEIGHT,
     UNPENALISED,
     Findings,
     Measure,
@@ -157,6 +158,7 @@ def sections_of(text: StudyText, findings: Findings, said: Sequence[str]) -> lis
         Section("How to read it", READING),
         Section("What was found", (), said),
         prediction_section(findings),
+        pooled_section(findings),
         beyond_temperature_section(findings),
         calibration_section(findings),
         generation_section(findings),
@@ -213,6 +215,30 @@ def prediction_section(findings: Findings) -> Section:
         header = ["measure", "λ", "measured effect", "predicted", "measured - predicted"]
         tables.append((f"`{penalty_type}`", header, rows))
     return Section("Prediction beside measurement", picture="effects.png", tables=tables)
+
+
+def pooled_section(findings: Findings) -> Section:
+    """Of the small weights together."""
+    of_effects, of_controls = [], []
+    for measure in PREDICTED:
+        if measure.name != "ce_loss":  # its prediction is of second order
+            found = findings.responses(measure.name)
+            of_effects.append([measure.label, *(show(found.get(name)) for name in findings.types)])
+    for measure in compared(findings):
+        found = findings.slopes_beyond_temperature(measure.name)
+        of_controls.append([measure.label, *(show(found.get(name)) for name in findings.types)])
+    header = ["", *(f"`{name}`" for name in findings.types)]
+    return Section(
+        f"The small weights together, |λ| ≤ {SMALL_WEIGHT:g}",
+        [
+            "For each seed the slope of a line through 0 over these weights, and its mean over the seeds: one weight "
+            "alone tells little with few seeds. Intervals hold together over the penalties."
+        ],
+        tables=[
+            ("Measured effect over predicted effect, which is 1 where theory holds", header, of_effects),
+            ("Beyond a temperature: model minus control, per unit of λ", header, of_controls),
+        ],
+    )
 
 
 def beyond_temperature_section(findings: Findings) -> Section:
@@ -288,7 +314,8 @@ def models_table(findings: Findings):
 
 
 def csv_files(findings: Findings) -> dict[str, list[list[str]]]:
-    """Rows by file: all that was measured, run by run; effects beside predictions; what is beyond a temperature."""
+    """Rows by file: all that was measured, run by run; effects beside predictions; what is beyond a temperature; and
+    of both, the slopes over the small weights."""
     names = findings.measures
     runs = [["penalty_type", "penalty_weight", "seed", "model", "temperature", *names]]
     for run in findings.runs:
@@ -313,7 +340,19 @@ def csv_files(findings: Findings) -> dict[str, list[list[str]]]:
             mean = statistics.fmean(predicted) if predicted else None
             effects.append([*what, *cells(found.get(setting)), exact(mean), *cells(departures.get(setting))])
             beyond.append([*what, exact(findings.temperature(setting)), *cells(differences.get(setting))])
-    return {"models.csv": runs, "effects.csv": effects, "beyond_temperature.csv": beyond}
+    small = [["measure", "penalty_type", "slope_of", *columns]]
+    for name in names:
+        for what, slopes in (
+            ("effect by prediction", findings.responses(name)),
+            ("beyond temperature by weight", findings.slopes_beyond_temperature(name)),
+        ):
+            small += [[name, penalty_type, what, *cells(slope)] for penalty_type, slope in slopes.items()]
+    return {
+        "models.csv": runs,
+        "effects.csv": effects,
+        "beyond_temperature.csv": beyond,
+        "small_weights.csv": small,
+    }
 
 
 def cells(difference: Difference | None) -> list[str]:

@@ -73,6 +73,23 @@ def test_the_intervals_of_several_settings_are_wider():
     assert (wide.high - wide.mean) / (narrow.high - narrow.mean) == pytest.approx(7.5817 / T2, rel=1e-3)
 
 
+def test_small_weights_are_pooled_as_the_slope_of_each_seed():
+    runs = []
+    for seed, slope in enumerate((0.8, 1.0, 1.5), 1):
+        runs.append(StudiedRun("neg_entropy", 0.0, seed, model(entropy=2.0)))
+        for weight, more in ((-0.1, 0.0), (0.05, 0.1), (0.1, -0.05), (0.5, 9.0)):  # the last is not small
+            own = model(entropy=2.0 - 2.0 * weight * slope + more)
+            control = model(entropy=own.values["entropy"], ce_loss=1.0 - weight * slope)
+            runs.append(StudiedRun("neg_entropy", weight, seed, own, control))
+    found = Findings(runs, predict)
+    # Of y = -2 a λ + (0, 0.1, -0.05) on x = -2 λ = (0.2, -0.1, -0.2): a + (-0.1 * 0.1 + 0.2 * 0.05) / 0.09 = a.
+    response = found.responses("entropy")["neg_entropy"]
+    assert response.mean == pytest.approx(1.1) and response.pairs == 3
+    assert response.high - response.mean == pytest.approx(T2 * 0.13**0.5 / 3**0.5)
+    assert found.slopes_beyond_temperature("ce_loss")["neg_entropy"].mean == pytest.approx(1.1)
+    assert found.responses("max_prob") == {}
+
+
 def test_a_run_that_failed_leaves_its_pair_out():
     runs = three_seeds(-1.0, -1.5, -2.0)
     runs[1] = StudiedRun("neg_entropy", 0.5, 1, None, None, "the run failed (1)")

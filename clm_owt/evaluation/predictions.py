@@ -165,10 +165,8 @@ def draw(q: Tensor, uniform: Tensor) -> Tensor:
     """A token [n], int64, from each row of probabilities [n, V], which need not add up to 1, by inverting their
     cumulative sum at numbers `uniform` [n] of [0, 1). A token of probability 0 is never drawn."""
     sums = q.cumsum(-1)
-    total = sums[:, -1]
-    # Where rounding makes the number the total, no sum would be above it.
-    wanted = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(sums, wanted[:, None], right=True).squeeze(1)
+    # Numbers of torch.rand are at most 1 - 2^-24, and float32 rounds no product with that up to the total.
+    return torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True).squeeze(1)
 
 
 class PredictedEffect(NamedTuple):

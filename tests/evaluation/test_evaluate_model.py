@@ -80,6 +80,88 @@ def test_any_text_is_evaluated_and_a_stride_gives_more_context(trained, script, 
     assert all(r["perplexity"] == pytest.approx(math.exp(r["loss"])) for r in found.values())
 
 
+MEASURED = ["--calibration", "--generation", "--prompts", 5, "--prompt_tokens", 8, "--new_tokens", 12, "--seed", 3]
+
+
+def test_calibration_and_generation_are_those_of_the_model_at_the_temperature_asked_for(trained, script, tmp_path):
+    from clm_owt.evaluation.calibration import calibration
+    from clm_owt.evaluation.generation import generation, prompts_from
+    from clm_owt.evaluation.predictions import prediction_statistics
+    from clm_owt.evaluation.windows import recipe_windows
+    from clm_owt.training.trained_model import load_trained
+
+    arguments = ["--model", trained, "--recipe", trained / "recipe.yaml", *MEASURED]
+    as_it_is = json.loads(script("evaluate_model.py", *arguments, "--json").stdout)
+    assert as_it_is["predictions"]["temperature"] == 1
+    assert as_it_is["predictions"]["ce_loss"] == pytest.approx(as_it_is["loss"], rel=1e-6)
+    result = script("evaluate_model.py", *arguments, "--entropy", 4.5, "--top_p", 0.9, "--output", "a.png", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["predictions"]["entropy"] == pytest.approx(4.5, abs=1e-4)
+    temperature = found["predictions"].pop("temperature")
+    model, tokenizer = load_trained(str(trained))
+    windows = recipe_windows(str(trained / "recipe.yaml"), tokenizer, 32, None)
+    assert found["predictions"] == prediction_statistics(model, windows, 8, temperature)._asdict()
+    expected = calibration(model, windows, 8, temperature)
+    assert [tuple(bin.values()) for bin in found["calibration"].pop("bins")] == expected.bins
+    assert tuple(found["calibration"].values()) == expected[:4]
+    texts = prompts_from(windows, 5, 20)
+    settings = {"new_tokens": 12, "top_p": 0.9, "model_temperature": temperature, "seed": 3, "batch_size": 8}
+    assert found["generation"] == generation(model, texts[:, :8], texts[:, 8:], **settings)._asdict()
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_runs_of_a_folder_are_compared_by_what_they_differ_in(trained, script, tmp_path):
+    for name, weight in (("a", 0.0), ("b", 0.1)):
+        shutil.copytree(trained, tmp_path / "runs" / name, ignore=shutil.ignore_patterns("checkpoints"))
+        recipe = tmp_path / "runs" / name / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace("penalty_weight: 0.0", f"penalty_weight: {weight}"))
+    (tmp_path / "runs/begun").mkdir()
+    (tmp_path / "runs/begun/recipe.yaml").write_text("")
+    arguments = ["--model", "runs", "--recipe", trained / "recipe.yaml", *MEASURED]
+    result = script("evaluate_model.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "runs/begun is left out: it has no model and no checkpoint yet" in result.stderr
+    tables = result.stdout.split("\n\n")[1:]
+    assert [table.split("\n")[0] for table in tables] == ["predictions", "calibration", "generation"]
+    for table in tables:
+        rows = [line.split() for line in table.split("\n")[2:4]]
+        assert [row[0] for row in rows] == ["penalty_weight=0", "penalty_weight=0.1"] and rows[0][1:] == rows[1][1:]
+    listed = json.loads(script("evaluate_model.py", *arguments[:4], "--json").stdout)
+    assert [found["model"] for found in listed] == ["runs/a", "runs/b"]
+    alone = json.loads(script("evaluate_model.py", "--model", "runs/a", *arguments[2:4], "--json").stdout)
+    assert {"model": "runs/a", **alone} == listed[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--tasks", "piqa", "--calibration"], "--calibration and --generation are of a text"),
+        (["--text", "a.txt", "--temperature", 0.5], "--temperature and --entropy: nothing depends on them"),
+        (["--text", "a.txt", "--calibration", "--temperature", 0], "--temperature: 0.0 does not work"),
+        (["--text", "a.txt", "--generation", "--top_p", 0], "--top_p: 0.0 does not work"),
+        (["--text", "a.txt", "--generation", "--prompts", 0], "--prompts: 0 does not work; expected at least 1"),
+        (["--text", "a.txt", "--output", "a.png"], "--output: the diagram is of --calibration"),
+        (["--text", "a.txt", "--calibration", "--output", "a.svg"], "--output: a.svg does not work"),
+        (["--text", "a.txt", "--calibration", "--entropy", 9], "--entropy: a mean entropy of 9 nats: no temperature"),
+        (["--text", "a.txt", "--generation"], "128 prompts with their continuations, 128 tokens together: the text"),
+        (["--text", "a.txt", "--generation", "--prompts", 1, "--prompt_tokens", 2, "--new_tokens", 3], "3 new tokens"),
+    ],
+)
+def test_what_cannot_be_measured_is_an_error_that_names_the_option(trained, script, tmp_path, options, expected):
+    (tmp_path / "a.txt").write_text("Returns the sum of the values in a list. " * 20)
+    result = script("evaluate_model.py", "--model", trained / "model", *options)
+    assert result.returncode == 2 and expected in result.stderr
+
+
+def test_a_folder_of_runs_without_a_model_is_an_error(script, tmp_path):
+    (tmp_path / "runs/begun").mkdir(parents=True)
+    (tmp_path / "runs/begun/recipe.yaml").write_text("")
+    result = script("evaluate_model.py", "--model", "runs", "--text", "a.txt")
+    assert result.returncode == 2
+    assert "--model runs: none of its 1 runs has a model or a checkpoint yet" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "expected"),
     [

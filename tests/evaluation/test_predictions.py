@@ -83,6 +83,13 @@ def test_the_temperature_that_gives_a_mean_entropy_is_found(temperature):
     assert found == pytest.approx(temperature, rel=0.01 if 0.2 < temperature < 3 else 0.2)
 
 
+@pytest.mark.parametrize("temperature", [0.02, 1.0, 30.0])
+def test_the_temperature_is_found_beyond_a_plateau_of_the_entropy(temperature):
+    model, windows = Bigram(torch.tensor([[0.0, -0.02, -50.0, -50.0]] * 4)), [(np.array([0, 1]), 1)]
+    entropy = prediction_statistics(model, windows, 1, temperature).entropy
+    assert temperature_for_entropy(model, windows, 1, entropy) == pytest.approx(temperature, rel=1e-3)
+
+
 def test_newtons_method_needs_few_passes():
     class Counting(Bigram):
         passes = 0

@@ -89,11 +89,11 @@ def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("study", type=Path, nargs="?", help="a grid in W&B's sweep format")
     parser.add_argument("--gpus", default="", help="GPUs to use, one run on each: 0,1,2,3")
-    parser.add_argument("--prompts", type=at_least(1), default=64, help="texts generated (default: %(default)s)")
+    parser.add_argument("--prompts", type=at_least(1), default=128, help="texts generated (default: %(default)s)")
     parser.add_argument(
         "--prompt_tokens", type=at_least(1), default=32, help="tokens of each prompt, default %(default)s"
     )
-    parser.add_argument("--new_tokens", type=at_least(4), default=128, help="tokens after each (default: %(default)s)")
+    parser.add_argument("--new_tokens", type=at_least(4), default=64, help="tokens after each (default: %(default)s)")
     parser.add_argument("--bins", type=at_least(1), default=15, help="of the calibration (default: %(default)s)")
     parser.add_argument("--plan_only", action="store_true", help="print what it will take, and stop")
     keys = ", ".join(device.key for device in DEVICES)

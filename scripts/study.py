@@ -24,11 +24,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from clm_owt.console import waiting
 from clm_owt.errors import InputError
 from clm_owt.experiments.execution import interruption
 from clm_owt.experiments.local_sweep import LocalSweep
 from clm_owt.experiments.measuring import Measuring
-from clm_owt.experiments.study import MeasuredRun, MeasuringSettings, plan_measurements, plan_study
+from clm_owt.experiments.study import MeasuredRun, Measurement, MeasuringSettings, plan_measurements, plan_study
 from clm_owt.experiments.study_plan import plan_lines
 from clm_owt.experiments.sweep_file import Sweep, SweptRun, read_sweep
 from clm_owt.files import replacing, write_text
@@ -44,7 +45,8 @@ from clm_owt.reports.study_report import StudyText, write_report
 def main(argv: list[str]) -> int:
     options, extra = read_options(argv)
     if options.measure:
-        return measure(json.loads(options.measure.read_text(encoding="utf-8")))
+        tasks = json.loads(options.measure.read_text(encoding="utf-8"))
+        return measure([Measurement(**task) for task in tasks])
     sweep = read_sweep(options.study)
     runs, notes = plan_study(sweep, extra)
     places = options.gpus.split(",") if options.gpus else [None]
@@ -64,7 +66,8 @@ def main(argv: list[str]) -> int:
         measuring = Measuring([sys.executable, __file__, "--measure"], folder / "measures", places, interrupted)
         measured = []
         if not interrupted.is_set():
-            measured = plan_measurements(finished, settings_of(options, runs), folder / "measures")
+            with waiting("reading the files of the models"):
+                measured = plan_measurements(finished, settings_of(options, runs), folder / "measures")
             measuring.measure_all(measured)
     if interrupted.is_set():
         print("Interrupted; the same command continues.")
@@ -130,9 +133,9 @@ def settings_of(options: argparse.Namespace, runs: Sequence[SweptRun]) -> Measur
     )
 
 
-def measure(measurements: Sequence[Mapping[str, object]]) -> int:
-    """Make measurements (clm_owt.experiments.study.Measurement), one after the other, each file in one piece. A model
-    that cannot be read is said, and left out; status 1 then."""
+def measure(measurements: Sequence[Measurement]) -> int:
+    """Make measurements that are not made yet, one after the other, each file in one piece. A model that cannot be
+    read is said, and left out; status 1 then."""
     import torch
     import transformers
 
@@ -144,27 +147,28 @@ def measure(measurements: Sequence[Mapping[str, object]]) -> int:
     transformers.logging.disable_progress_bar()
     loaded, windows, status = None, None, 0
     for measurement in measurements:
-        name, key = measurement["name"], measurement["key"]
+        if measurement.kept() is not None:
+            continue
         try:
-            if loaded != measurement["model"]:
-                loaded_model, tokenizer = load_trained(measurement["model"])
-                model, loaded = RememberedLogits(loaded_model), measurement["model"]
+            if loaded != measurement.model:
+                trained, tokenizer = load_trained(measurement.model)
+                model, loaded = RememberedLogits(trained), measurement.model
             if windows is None:  # all runs of a study have the same
-                windows = recipe_windows(measurement["recipe"], tokenizer, model.config.n_positions, None)
+                windows = recipe_windows(measurement.recipe, tokenizer, model.config.n_positions, None)
             with torch.no_grad():
-                if measurement["as_sharp_as"] is None:
-                    found = measure_model(model, windows, key)
+                if measurement.as_sharp_as is None:
+                    found = measure_model(model, windows, measurement.key)
                 else:
-                    sharp = json.loads(Path(measurement["as_sharp_as"]).read_text(encoding="utf-8"))
-                    found = measure_control(model, windows, key, sharp["values"]["entropy"])
+                    sharp = json.loads(Path(measurement.as_sharp_as).read_text(encoding="utf-8"))
+                    found = measure_control(model, windows, measurement.key, sharp["values"]["entropy"])
         except (InputError, OSError) as error:
-            print(f"error: {name}: {error}", file=sys.stderr, flush=True)
+            print(f"error: {measurement.name}: {error}", file=sys.stderr, flush=True)
             status = 1
             continue
         # Aside under a name of its own: a process that a killed study left may be measuring the same.
-        with replacing(Path(measurement["output"]), suffix=f".{os.getpid()}.partial") as aside:
-            aside.write_text(json.dumps({"key": key, **found}, indent=1), encoding="utf-8")
-        print(f"{name}: measured", flush=True)
+        with replacing(Path(measurement.output), suffix=f".{os.getpid()}.partial") as aside:
+            aside.write_text(json.dumps({"key": measurement.key, **found}, indent=1), encoding="utf-8")
+        print(f"{measurement.name}: measured", flush=True)
     return status
 
 

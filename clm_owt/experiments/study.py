@@ -46,12 +46,10 @@ def plan_study(sweep: Sweep, extra: Sequence[str]) -> tuple[list[SweptRun], list
             notes.append(
                 f"{run.recipe.penalty_type} has the same gradient as {first.recipe.penalty_type}: it is not run twice"
             )
-    if len({run.recipe.seed for run in runs.values()}) == 2:
-        notes.append(
-            "with two seeds the intervals are so wide that little can be told from chance; better three, or five"
-        )
     if not any(run.recipe.penalty_weight for run in runs.values()):
         raise InputError(f"{sweep.name}: penalty_weight: expected a value beside 0")
+    if len({run.recipe.seed for run in runs.values()}) == 2:
+        notes.append("two seeds: the intervals are so wide that little can be told from chance; three tell more")
     return list(runs.values()), list(dict.fromkeys(notes))
 
 
@@ -119,10 +117,6 @@ class MeasuredRun:
     run: SweptRun
     model: Measurement
     control: Measurement | None
-
-    @property
-    def measurements(self) -> list[Measurement]:
-        return [self.model] if self.control is None else [self.model, self.control]
 
 
 def plan_measurements(runs: Sequence[SweptRun], settings: MeasuringSettings, folder: Path) -> list[MeasuredRun]:

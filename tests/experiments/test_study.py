@@ -125,7 +125,7 @@ def test_what_was_measured_holds_until_a_model_or_a_setting_changes(runs, tmp_pa
 
     def kept(settings=SETTINGS) -> list[bool]:
         again = plan_measurements(runs, settings, Path("measures"))[:3]
-        return [m.kept() is not None for found in again for m in found.measurements]
+        return [m.kept() is not None for found in again for m in (found.model, found.control) if m]
 
     assert kept() == [True] * 5
     assert kept(dataclasses.replace(SETTINGS, new_tokens=9)) == [False] * 5

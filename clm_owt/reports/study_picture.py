@@ -116,7 +116,7 @@ def draw_differences(
 
 
 def label_axes(axes: "Axes", title: str, beside: str, below: str = "λ") -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     axes.axhline(0.0, color="black", linewidth=0.6)
     axes.set_title(title, fontsize=FONT_SIZE, loc="left")
@@ -124,6 +124,7 @@ def label_axes(axes: "Axes", title: str, beside: str, below: str = "λ") -> None
     axes.set_xlabel(below, fontsize=FONT_SIZE)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND_STEPS))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND_STEPS))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.tick_params(labelsize=FONT_SIZE - 1)
     axes.grid(alpha=0.25)
 

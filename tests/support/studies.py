@@ -13,7 +13,7 @@ from support.warm_start import Job, WarmStart
 
 STUDY = "support.studies:run_study"
 OPTIONS = ["--prompts", "4", "--prompt_tokens", "8", "--new_tokens", "8"]
-TABLES = ("models.csv", "effects.csv", "beyond_temperature.csv", "report.md")
+TABLES = ("models.csv", "effects.csv", "beyond_temperature.csv", "small_weights.csv", "report.md")
 
 # Stands for a training: its model is that of a finished run, the weights a little other for each seed, and the head
 # larger by λ, which makes it sharper. It takes steps, each kept in a file, and goes on where it was; at λ = 0.3 it

@@ -20,6 +20,7 @@ from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from clm_owt.console import print_lines, waiting
+from clm_owt.stopping import LAUNCHER_SECONDS
 
 SCHEME = "round"
 MEETING_SECONDS = 600.0  # after which a process gives up on one that does not come, as torch's own launcher does
@@ -39,7 +40,10 @@ def meet(url: str, timeout: timedelta, **_: object) -> Iterator[tuple[Store, int
         ours = PrefixStore("clm_owt", store)
         with waiting(f"waiting for all {world_size} processes of the run"):
             name, members = agree_on_round(ours, rank, world_size)
-    except (TimeoutError, RuntimeError) as error:  # the second is torch's, where the holder of the store is gone
+    except TimeoutError as error:
+        leave(str(error))
+    except RuntimeError as error:  # torch's, where the holder of the store is gone
+        time.sleep(LAUNCHER_SECONDS)  # it may have been told to stop, and then this process is, too
         leave(str(error).split("\n")[0])
     watch.start(ours.clone(), name, members if rank == 0 else None)
     yield PrefixStore(name, store), rank, world_size

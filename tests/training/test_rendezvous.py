@@ -1,14 +1,18 @@
 """How processes find each other: under a name that is new, whatever those before them have left in the store."""
 
 import json
+import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 from torch.distributed import HashStore
 
+from clm_owt.stopping import Stopped, StopRequest
 from clm_owt.training import rendezvous
-from clm_owt.training.rendezvous import ROUND, Watch, agree_on_round
+from clm_owt.training.rendezvous import ROUND, Watch, agree_on_round, meet
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +63,17 @@ def test_a_process_that_never_comes_ends_the_wait_with_a_line(monkeypatch):
     for rank in (0, 1):
         with pytest.raises(TimeoutError, match=r"waited 0 s for the other processes .* to be 1; .* launcher gone\?"):
             agree_on_round(HashStore(), rank, 2)
+
+
+def test_a_process_whose_main_one_was_told_to_stop_waits_for_that_signal(monkeypatch, handlers_as_before):
+    def lost(url, timeout):
+        raise RuntimeError("Connection was likely closed")
+
+    monkeypatch.setattr(rendezvous, "rendezvous", lost)
+    monkeypatch.setattr(rendezvous, "leave", lambda why: pytest.fail(why))
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Stopped), StopRequest().listening():
+        next(meet("round://", timedelta(seconds=5)))
 
 
 @pytest.mark.parametrize("again", [0, 1])

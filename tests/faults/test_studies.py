@@ -18,7 +18,7 @@ def test_a_study_killed_while_it_trains_and_while_it_measures_ends_with_the_same
         study.write(bench.recipe, str(program), [1, 2], [0, 0.5, 0.3])
     job = whole.start()
     assert job.wait() == 1, job.text
-    assert "seed=2: see runs/studies/small/small,penalty_type=top_k_mass,penalty_weight=0.3,seed=2.log" in job.text
+    assert "=0.3: see runs/studies/small/small,penalty_type=top_k_mass,penalty_weight=0.3,seed=2.log" in job.text
 
     job = killed.start()
     job.wait_for_text("[4/10]")

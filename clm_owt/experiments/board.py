@@ -31,7 +31,8 @@ python scripts/record.py add --help     # records finished runs
 python scripts/record.py board          # writes this file
 ```
 
-A folder under `NAME/runs/` is read by all that reads a run's folder, as `scripts/plot_run.py` does.
+A folder under `NAME/runs/` is read by all that reads a run's folder, as `scripts/plot_run.py` does. Of another form is
+[fault_campaign](fault_campaign/README.md): `make test-faults`, with each fault that was injected.
 """
 
 TOKENS = f"""\

@@ -32,9 +32,11 @@ def main(argv: Sequence[str]) -> int:
     )
     options = parser.parse_args(argv)
     if options.requeue is not None:
-        if not options.requeue or not options.requeue[0].lstrip("-").isdigit():
+        try:
+            most_failures = int(options.requeue[0])
+        except (IndexError, ValueError):
             parser.error("--requeue: expected a number, and then the options of run_clm_owt.py")
-        return requeue(int(options.requeue[0]), options.requeue[1:])
+        return requeue(most_failures, options.requeue[1:])
     standings = [standing_of(run) for folder in options.folders or [Path("runs")] for run in find_runs(folder)]
     if options.json:
         print(json.dumps([standing.to_dict() for standing in standings], indent=2))

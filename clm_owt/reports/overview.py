@@ -73,7 +73,8 @@ def find_runs(folder: Path) -> Iterator[Path]:
         yield folder
     else:
         for child in sorted(path for path in folder.iterdir() if path.is_dir()):
-            yield from find_runs(child)
+            if not folder.resolve().is_relative_to(child.resolve()):  # a link that leads back
+                yield from find_runs(child)
 
 
 def standing_of(folder: Path) -> Standing:

@@ -121,6 +121,7 @@ def test_all_runs_below_a_folder_are_found_and_one_that_is_no_run_is_passed_over
     (folder.parent / "sweep" / "a").mkdir(parents=True)
     (folder.parent / "sweep" / "a" / "recipe.yaml").touch()
     (folder.parent / "empty").mkdir()
+    (folder.parent / "empty" / "back").symlink_to(folder.parent)
     write_state(folder, state="finished")
     assert list(find_runs(folder.parent)) == [folder, folder.parent / "sweep" / "a"]
     assert runs.main([str(tmp_path / "runs")]) == 0
@@ -154,6 +155,13 @@ def test_a_job_is_queued_again_where_its_run_can_get_on(
     options = ["--recipe", str(tiny_recipe), "--output_dir", str(folder)]
     assert runs.main(["--requeue", str(failures_left), *options]) == status
     assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", ["--5", "²", "few"])
+def test_a_number_of_failures_that_is_none_is_refused_in_a_line(number, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        runs.main(["--requeue", number, "--recipe", "x.yaml"])
+    assert leaving.value.code == 2 and "--requeue: expected a number" in capsys.readouterr().err
 
 
 def test_the_table_needs_no_torch():

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # matplotlib takes a second to import; it is imported where i
 PANEL_WIDTH, PANEL_HEIGHT, FONT_SIZE = 3.0, 2.5, 9
 CURVE_POINTS = 61
 SHOWN_POSITIONS = 16  # points of a curve over positions, each the mean of those around it
+FEWEST_PREDICTIONS = 100  # of a bin that is drawn: its accuracy is good to 0.05
 CONTROL_COLOR = "#ff7f0e"
 DRIFT_SAMPLING = "temperature_1"  # whose curves are drawn
 
@@ -218,7 +219,7 @@ def draw_reliability(findings: Findings) -> "Figure":
         last = shown[-1][0]
         curves.append((f"control of λ = {last[1]:g}", CONTROL_COLOR, "o--", findings.controls(last)))
         for label, color, style, models in curves:
-            bins = pooled_bins(list(models.values()))
+            bins = [bin for bin in pooled_bins(list(models.values())) if bin[0] >= FEWEST_PREDICTIONS]
             x, y = [bin[1] for bin in bins], [accuracy - confidence for _, confidence, accuracy in bins]
             axes.plot(x, y, style, color=color, markersize=3, linewidth=1.1, label=label)
     add_legend(figure, 4)

@@ -343,7 +343,8 @@ def csv_files(findings: Findings) -> dict[str, list[list[str]]]:
     small = [["measure", "penalty_type", "slope_of", *columns]]
     for name in names:
         for what, slopes in (
-            ("effect by prediction", findings.responses(name)),
+            # That of cross-entropy is of second order, and no line.
+            ("effect by prediction", {} if name == "ce_loss" else findings.responses(name)),
             ("beyond temperature by weight", findings.slopes_beyond_temperature(name)),
         ):
             small += [[name, penalty_type, what, *cells(slope)] for penalty_type, slope in slopes.items()]

@@ -238,8 +238,10 @@ def about_lines(
     seeds = sorted({run.recipe.seed for run in runs})
     fixed = ", ".join(f"`{name}={show(value)}`" for name, value in sweep.fixed.items())
     samplings = ", ".join(f"{name.replace('_', ' ')}" for name in key["samplings"])
-    plan = read_plan(measured[0].run.folder)
-    environment = plan.get("environment", {})
+    plans = [read_plan(found.run.folder) for found in measured]
+    plan = plans[0]
+    devices = dict.fromkeys(str(plan.get("device")) for plan in plans)
+    commits = dict.fromkeys(f"`{plan.get('environment', {}).get('git_commit')}`" for plan in plans)
     return [
         f"{len(runs)} runs, {len(measured)} of them finished: {fixed}; {recipe.total_steps(plan['train_blocks']):,} "
         f"steps of {recipe.effective_batch_size * recipe.block_size:,} tokens; seeds {', '.join(map(str, seeds))}. At "
@@ -248,7 +250,7 @@ def about_lines(
         f"`{plan['store']}`). Generation: {key['prompts']} prompts of {key['prompt_tokens']} tokens cut from them, "
         f"{key['new_tokens']} tokens each, {samplings}. Calibration: {key['bins']} bins. k of `top_k_mass`: "
         f"{key['top_k']}.",
-        f"Trained on {plan.get('device')}, git commit `{environment.get('git_commit')}`.",
+        f"Trained on {', '.join(devices)}, git commit {', '.join(commits)}.",
     ]
 
 

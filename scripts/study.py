@@ -26,7 +26,7 @@ from pathlib import Path
 
 from clm_owt.console import waiting
 from clm_owt.errors import InputError
-from clm_owt.experiments.execution import interruption
+from clm_owt.experiments.execution import Places, interruption
 from clm_owt.experiments.local_sweep import LocalSweep
 from clm_owt.experiments.measuring import Measuring
 from clm_owt.experiments.study import MeasuredRun, Measurement, MeasuringSettings, plan_measurements, plan_study
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         return measure([Measurement(**task) for task in tasks])
     sweep = read_sweep(options.study)
     runs, notes = plan_study(sweep, extra)
-    places = options.gpus.split(",") if options.gpus else [None]
+    places = Places(options.gpus)
     if options.plan_only:
         devices = [find_device(name) for name in options.device] if options.device else list(DEVICES)
         print(*plan_lines(sweep.name, runs, notes, devices, options.vocab_size, options.price, len(places)), sep="\n")
@@ -136,7 +136,6 @@ def settings_of(options: argparse.Namespace, runs: Sequence[SweptRun]) -> Measur
 def measure(measurements: Sequence[Measurement]) -> int:
     """Make measurements that are not made yet, one after the other, each file in one piece. A model that cannot be
     read is said, and left out; status 1 then."""
-    import torch
     import transformers
 
     from clm_owt.evaluation.model_measures import RememberedLogits, measure_control, measure_model
@@ -155,12 +154,11 @@ def measure(measurements: Sequence[Measurement]) -> int:
                 model, loaded = RememberedLogits(trained), measurement.model
             if windows is None:  # all runs of a study have the same
                 windows = recipe_windows(measurement.recipe, tokenizer, model.config.n_positions, None)
-            with torch.no_grad():
-                if measurement.as_sharp_as is None:
-                    found = measure_model(model, windows, measurement.key)
-                else:
-                    sharp = json.loads(Path(measurement.as_sharp_as).read_text(encoding="utf-8"))
-                    found = measure_control(model, windows, measurement.key, sharp["values"]["entropy"])
+            if measurement.as_sharp_as is None:
+                found = measure_model(model, windows, measurement.key)
+            else:
+                sharp = json.loads(Path(measurement.as_sharp_as).read_text(encoding="utf-8"))
+                found = measure_control(model, windows, measurement.key, sharp["values"]["entropy"])
         except (InputError, OSError) as error:
             print(f"error: {measurement.name}: {error}", file=sys.stderr, flush=True)
             status = 1

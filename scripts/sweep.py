@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 
 from clm_owt.errors import InputError
-from clm_owt.experiments.execution import interruption
+from clm_owt.experiments.execution import Places, interruption
 from clm_owt.experiments.local_sweep import LocalSweep
 from clm_owt.experiments.sweep_file import plan_grid, read_sweep, run_command, with_seeds
 from clm_owt.experiments.sweep_report import report
@@ -51,19 +51,19 @@ def main(argv: list[str]) -> int:
         sweep = with_seeds(sweep, options.seeds, extra)
     if sweep.has_seeds:
         check_intervals_can_be_computed()
-    gpus = options.gpus.split(",") if options.gpus else [None]
+    places = Places(options.gpus)
     if options.dry_run:
         if sweep.method != "grid":
             raise InputError(
                 f"{options.sweep}: the runs of a {sweep.method} search are not known before; --dry_run needs a grid"
             )
         for run in plan_grid(sweep, extra):
-            print(shlex.join(run_command(sweep, run, gpus[0])))
+            print(shlex.join(run_command(sweep, run, places.names[0])))
         return 0
     folder = Path("runs/sweeps") / sweep.name
     folder.mkdir(parents=True, exist_ok=True)
     with interruption() as interrupted:
-        local = LocalSweep(sweep, extra, gpus, folder, interrupted)
+        local = LocalSweep(sweep, extra, places, folder, interrupted)
         if sweep.method == "grid":
             local.carry_out_all(plan_grid(sweep, extra))
         else:

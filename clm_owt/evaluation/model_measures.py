@@ -13,7 +13,6 @@ from clm_owt.evaluation.generation import generation, prompts_from
 from clm_owt.evaluation.predictions import prediction_statistics, temperature_for_entropy
 from clm_owt.evaluation.windows import Window
 
-GENERATED = ("entropy_drift", "seq_rep_4", "distinct_1", "distinct_2", "distinct_3", "distinct_4")
 BATCH_SIZE = 8  # windows at a time
 REMEMBERED_BYTES = 2 * 2**30  # the quickstart's validation set takes 0.8 GB, GPT-2's on OpenWebText 220
 SEED = 1  # of the generated texts, the same for all models
@@ -62,14 +61,15 @@ def measure_model(
             seed=SEED,
             batch_size=settings["prompts"],
         )
-        values |= {f"{sampling}/{name}": getattr(generated, name) for name in GENERATED}
+        numbers = {name: value for name, value in generated._asdict().items() if isinstance(value, float)}
+        values |= {f"{sampling}/{name}": value for name, value in numbers.items()}
         by_position[sampling] = {
-            "generated": list(map(float, generated.entropy_by_position)),
-            "real": list(map(float, generated.real_entropy_by_position)),
+            "generated": generated.entropy_by_position,
+            "real": generated.real_entropy_by_position,
         }
     return {
         "temperature": temperature,
-        "values": {name: float(value) for name, value in values.items()},
+        "values": values,
         "bins": [list(bin) for bin in found.bins],
         "entropy_by_position": by_position,
     }

@@ -3,20 +3,52 @@
 import contextlib
 import fcntl
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+T = TypeVar("T")
 
 POLL_SECONDS = 0.1
 ERROR_LINES = 3  # of a failed run's log
 # A training that was told to stop saves itself first; GPT-2's larger sizes take a minute on a slow disk.
 SECONDS_FOR_A_SAVE = 600.0
+
+
+class Places:
+    """Where commands run side by side, one at a time on each: GPUs by their names, as in "0,1"; of none, all there is
+    is one place, whose name is None."""
+
+    def __init__(self, gpus: str = ""):
+        self.names: list[str | None] = list(gpus.split(",")) if gpus else [None]
+        self._free: queue.Queue[str | None] = queue.Queue()
+        for name in self.names:
+            self._free.put(name)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @contextlib.contextmanager
+    def take(self) -> Iterator[tuple[str | None, dict[str, str]]]:
+        """The next free one: its name, and the environment variables of a command there."""
+        name = self._free.get()
+        try:
+            yield name, {} if name is None else {"CUDA_VISIBLE_DEVICES": name}
+        finally:
+            self._free.put(name)
+
+    def for_each(self, work: Callable[[T], None], items: Iterable[T]) -> None:
+        """`work` of every item, as many at a time as there are places; it takes one."""
+        with ThreadPoolExecutor(len(self)) as pool:
+            list(pool.map(work, items))
 
 
 @contextlib.contextmanager
@@ -91,6 +123,16 @@ def wait_for_group(group: int) -> None:
             os.killpg(group, 0)
             time.sleep(POLL_SECONDS)
         print(f"process group {group} is still there after {SECONDS_FOR_A_SAVE:.0f} s, and left alone", flush=True)
+
+
+def size_of(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0
+
+
+def print_error(log: Path, since: int) -> None:
+    """Print why a command failed, from what it wrote to its log after the first `since` bytes."""
+    error = error_in(log.read_bytes()[since:].decode(errors="replace"))
+    print(*(f"    {line}" for line in error.splitlines()), sep="\n", flush=True)
 
 
 def error_in(text: str) -> str:

@@ -1,30 +1,23 @@
 """The runs of a sweep on this machine, one on each place at a time; what was begun before is kept and continued."""
 
 import math
-import queue
 import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from clm_owt.experiments.execution import error_in, execute
+from clm_owt.experiments.execution import Places, execute, print_error, size_of
 from clm_owt.experiments.sweep_file import Sweep, SweptRun, distribution, plan_run, run_command
 from clm_owt.formatting import format_clock, format_duration
 
 
 class LocalSweep:
-    """A sweep's runs on this machine. `gpus`: one run at a time on each; [None]: one at a time on all there is."""
+    """A sweep's runs on this machine, one at a time on each of `places`."""
 
-    def __init__(
-        self, sweep: Sweep, extra: list[str], gpus: list[str | None], folder: Path, interrupted: threading.Event
-    ):
+    def __init__(self, sweep: Sweep, extra: list[str], places: Places, folder: Path, interrupted: threading.Event):
         self.sweep, self.extra, self.folder, self.interrupted = sweep, extra, folder, interrupted
-        self.places = gpus
-        self.free: queue.Queue[str | None] = queue.Queue()
-        for gpu in gpus:
-            self.free.put(gpu)
+        self.places = places
         self.runs: list[SweptRun] = []
         self.total = 0  # of the whole sweep
         self.ended = 0
@@ -32,8 +25,7 @@ class LocalSweep:
 
     def carry_out(self, run: SweptRun, is_hopeless: Callable[[], bool] = lambda: False) -> None:
         """Run or continue `run` on the next free place, unless it has finished before."""
-        gpu = self.free.get()
-        try:
+        with self.places.take() as (gpu, variables):
             if self.interrupted.is_set():
                 return
             name = f"[{self.runs.index(run) + 1}/{self.total}] {run.label}"
@@ -44,8 +36,7 @@ class LocalSweep:
                 return
             log = self.folder / f"{run.recipe.run_name}.log"
             print(f"{name}: running, output in {log}{self.time_left()}", flush=True)
-            written_before, began = log.stat().st_size if log.exists() else 0, time.monotonic()
-            variables = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+            written_before, began = size_of(log), time.monotonic()
             status = execute(run_command(self.sweep, run, gpu), log, variables, self.interrupted, is_hopeless)
             seconds = time.monotonic() - began
             run.read_folder()
@@ -58,10 +49,7 @@ class LocalSweep:
                 self.seconds.append(seconds)
             print(f"{name}: {run.status}{describe_loss(run)}, {format_clock(seconds)}{self.time_left()}", flush=True)
             if run.status.startswith("failed"):
-                error = error_in(log.read_bytes()[written_before:].decode(errors="replace"))
-                print(*(f"    {line}" for line in error.splitlines()), sep="\n", flush=True)
-        finally:
-            self.free.put(gpu)
+                print_error(log, written_before)
 
     def time_left(self) -> str:
         """How long the runs that are left will take, if each takes as long as those that have finished."""
@@ -72,8 +60,7 @@ class LocalSweep:
     def carry_out_all(self, runs: Sequence[SweptRun]) -> None:
         """The runs that are known beforehand, as those of a grid, in this order."""
         self.runs, self.total = list(runs), len(runs)
-        with ThreadPoolExecutor(len(self.places)) as pool:
-            list(pool.map(self.carry_out, self.runs))
+        self.places.for_each(self.carry_out, self.runs)
 
     def run_search(self) -> None:
         """Random or Bayesian search; the study's database in the sweep's folder remembers what was tried."""
@@ -88,8 +75,7 @@ class LocalSweep:
                 self.runs.append(run)
         self.total, self.ended = max(self.sweep.run_cap, len(study.trials)), len(self.runs)
         tries = waiting + [None] * (self.sweep.run_cap - len(study.trials))
-        with ThreadPoolExecutor(len(self.places)) as pool:
-            list(pool.map(lambda trial: self.carry_out_trial(study, trial), tries))
+        self.places.for_each(lambda trial: self.carry_out_trial(study, trial), tries)
 
     def carry_out_trial(self, study, begun) -> None:
         """One trial of a study: `begun` before and not finished, or None for a new one."""

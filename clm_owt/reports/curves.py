@@ -6,8 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clm_owt.files import replacing
 from clm_owt.formatting import format_count
+from clm_owt.reports.figures import save_figure
 from clm_owt.reports.panels import (
     MARK_COLORS,
     MILESTONES_NAME,
@@ -170,12 +170,7 @@ def add_token_axis(axes: "Axes", tokens_per_step: int, last: int) -> None:
 
 def save_picture(runs: Sequence[RunRecord], path: Path) -> None:
     """Draw to a PNG or SVG file, by its name, which is replaced in one step."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure = draw(runs)
-    FigureCanvasAgg(figure)
-    with replacing(path) as aside:
-        figure.savefig(aside, dpi=180, format=path.suffix.removeprefix("."))
+    save_figure(draw(runs), path)
 
 
 class Curves:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clm_owt.files import replacing
+from clm_owt.reports.figures import save_figure
 from clm_owt.reports.panels import COLORS
 
 if TYPE_CHECKING:  # matplotlib takes a second to import; it is imported where it draws
@@ -44,9 +44,4 @@ def draw_reliability(models: Mapping[str, Bins]) -> "Figure":
 
 def save_reliability(models: Mapping[str, Bins], path: Path) -> None:
     """Draw to a PNG file, which is replaced in one step."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure = draw_reliability(models)
-    FigureCanvasAgg(figure)
-    with replacing(path) as aside:
-        figure.savefig(aside, dpi=180, format="png")
+    save_figure(draw_reliability(models), path)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clm_owt.files import replacing
 from clm_owt.reports.comparison import CONFIDENCE, Difference
+from clm_owt.reports.figures import save_figure
 from clm_owt.reports.panels import COLORS, ROUND_STEPS
 from clm_owt.reports.study_findings import (
     CALIBRATION,
@@ -40,15 +40,7 @@ def draw_all(findings: Findings, folder: Path) -> None:
         if figure is None:
             path.unlink(missing_ok=True)
         else:
-            save(figure, path)
-
-
-def save(figure: "Figure", path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    with replacing(path) as aside:
-        figure.savefig(aside, dpi=150, format="png")
+            save_figure(figure, path, dpi=150)
 
 
 def new_figure(rows: int, columns: int, title: str):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clm_owt.files import replacing
 from clm_owt.recipe import show
 from clm_owt.reports.comparison import CONFIDENCE, half_interval
+from clm_owt.reports.figures import save_figure
 from clm_owt.reports.panels import COLORS, ROUND_STEPS, log_ticks, short
 from clm_owt.reports.record import RunRecord
 
@@ -203,9 +203,4 @@ def is_logarithmic(name: str, values: Sequence[float]) -> bool:
 
 def save_sweep_picture(title: str, runs: Sequence[tuple[dict[str, Any], RunRecord]], path: Path) -> None:
     """Draw to a PNG file, which is replaced in one step."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure = draw_sweep(title, runs)
-    FigureCanvasAgg(figure)
-    with replacing(path) as aside:
-        figure.savefig(aside, dpi=180, format="png")
+    save_figure(draw_sweep(title, runs), path)

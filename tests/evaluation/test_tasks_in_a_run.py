@@ -3,6 +3,7 @@
 import json
 import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,28 @@ def test_tasks_that_cannot_be_evaluated_end_the_run_before_it_begins(fault, tiny
     said = {"unknown": "eval_tasks: unknown: no_such_task; `lm-eval ls tasks`", "data": "eval_tasks mine: "}[fault]
     assert result.stderr.splitlines()[-1].startswith(f"error: {said}"), result.stderr
     assert "Traceback" not in result.stderr and not (tmp_path / "runs").exists()
+
+
+OUT_OF_MEMORY = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import run_clm_owt, torch
+from clm_owt.model.gpt2 import GPT2ForPretraining
+
+def exported(self, state_dict, whole=GPT2ForPretraining.exported):
+    model = whole(self, state_dict)
+    model.register_forward_pre_hook(lambda *_: torch.empty(2**60))
+    return model
+
+GPT2ForPretraining.exported = exported
+run_clm_owt.main(sys.argv[1:])
+"""
+
+
+def test_memory_that_does_not_suffice_for_the_tasks_ends_the_run_in_a_line(tasks, tiny_recipe, tmp_path):
+    result = run([sys.executable, "-c", OUT_OF_MEMORY], *options(tiny_recipe), *tasks, cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: zero-shot tasks after step 0: out of memory")
 
 
 def test_a_task_leaves_the_random_states_of_its_caller(evaluated, tasks):

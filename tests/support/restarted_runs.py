@@ -14,9 +14,11 @@ from support.runs import MAIN, ON_CPU, Background, environment, launcher, starte
 def restarting_launcher(
     restarts: int, backend: str = "static", processes: int = 2, *options: str, port: int = 0, program: str = MAIN
 ) -> list[str]:
-    """Its command; without a port at one that is free."""
+    """Its command; without a port at one that is free. On one machine Accelerate leaves c10d's store at torch's
+    default port, where two launchers would meet."""
     own = ["--max_restarts", str(restarts), "--rdzv_backend", backend, "--main_process_port", str(port), *options]
-    return launcher("cpu_2proc.yaml", "--num_processes", str(processes), *own, program=program)
+    command = launcher("cpu_2proc.yaml", "--num_processes", str(processes), *own, program=program)
+    return ["env", "PET_RDZV_ENDPOINT=localhost:0", *command] if backend == "c10d" and not port else command
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import requests
 import s3fs
 from moto.server import ThreadedMotoServer
 from support.bench import STEPS, campaign, last_step
@@ -56,6 +57,8 @@ def store():
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     port = server.get_host_and_port()[1]
+    # It keeps what it held for as long as this process lives, and a campaign comes here with each optimizer.
+    requests.post(f"http://127.0.0.1:{port}/moto-api/reset", timeout=10).raise_for_status()
     with FaultyProxy(port) as proxy:
         yield ObjectStore(proxy, port)
     server.stop()

@@ -18,7 +18,7 @@ from pathlib import Path
 from clm_owt.errors import InputError
 from clm_owt.experiments.board import difference, loss, seeds, write_board
 from clm_owt.experiments.execution import interruption
-from clm_owt.experiments.recorded_result import TABLES, NewRecord, add_record, read_record
+from clm_owt.experiments.recorded_result import TABLES, NewRecord, add_record, read_record, record_folder
 from clm_owt.experiments.reproduction import compare_with_recorded, run_again, runs_of
 from clm_owt.program import run_script
 from clm_owt.reports.record import read_plan
@@ -38,7 +38,7 @@ def add(options: argparse.Namespace) -> int:
         spread_of=options.spread_of,
         report=options.report,
     )
-    record = add_record(options.folder / options.name, new, options.replace)
+    record = add_record(options.folder, options.name, new, options.replace)
     for setting in record["settings"]:
         print("  ".join(filter(None, (loss(setting), seeds(setting), setting["name"], difference(record, setting)))))
     print(f"Recorded: {options.folder / options.name}; the board: {write_board(options.folder)}")
@@ -46,7 +46,7 @@ def add(options: argparse.Namespace) -> int:
 
 
 def reproduce(options: argparse.Namespace) -> int:
-    folder = options.folder / options.name
+    folder = record_folder(options.folder, options.name)
     runs = runs_of(folder, read_record(folder), options.runs)
     if not Path("run_clm_owt.py").is_file():
         raise InputError("reproduce: start it in the repository's folder, where run_clm_owt.py is")

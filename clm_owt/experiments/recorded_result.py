@@ -107,15 +107,23 @@ class NewRecord:
     report: Path | None = None
 
 
-def add_record(folder: Path, new: NewRecord, replace: bool = False) -> dict[str, Any]:
-    """Write the record `folder`; gives what is in its record.yaml. Raises InputError for runs of which it cannot be
-    made, and for a name that is taken, unless `replace`."""
-    if not re.fullmatch(r"[\w.-]+", folder.name):
-        raise InputError(f"NAME: {folder.name!r} does not work; expected letters, digits, `_`, `-` and `.`")
+def record_folder(records: Path, name: str) -> Path:
+    """Raises InputError for a name that is not that of one folder in `records`, such as `..`."""
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise InputError(f"NAME: {name!r} does not work; expected letters, digits, `_`, `-`, and `.` after the first")
+    return records / name
+
+
+def add_record(records: Path, name: str, new: NewRecord, replace: bool = False) -> dict[str, Any]:
+    """Write the record `name` to the folder `records`; gives what is in its record.yaml. Raises InputError for runs of
+    which it cannot be made, and for a name that is taken, unless it is that of a record and `replace`."""
+    folder = record_folder(records, name)
     if folder.exists() and not replace:
         raise InputError(f"{folder} is there already; give another name, or --replace")
+    if folder.exists() and not (folder / "record.yaml").is_file():
+        raise InputError(f"--replace: {folder} has no record.yaml; give another name, or move it away")
     runs, tuning = ([read_finished(run) for run in folders] for folders in (new.runs, new.tuning))
-    content = describe_record(new, folder.parent, runs, tuning)
+    content = describe_record(new, records, runs, tuning)
     names = [run.name for run in (*runs, *tuning)]
     if len(set(names)) < len(names):
         raise InputError(f"--runs: several are named {max(names, key=names.count)}; each needs a name of its own")

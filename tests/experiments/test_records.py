@@ -149,6 +149,25 @@ def test_runs_that_make_no_record_are_refused_with_the_reason(tmp_path, plan, op
     assert not (tmp_path / "records/second").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *((name, f"NAME: {name!r} does not work") for name in ("", ".", "..", "first/..", "a/b")),
+        ("notes", "--replace: .*/records/notes has no record.yaml"),
+    ],
+)
+def test_nothing_but_a_record_is_ever_replaced(tmp_path, name, message):
+    runs = [write_run(tmp_path / "a", 4.0)]
+    add(tmp_path, "first", runs)
+    (tmp_path / "records/notes").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=message):
+        add(tmp_path, name, runs, "--replace")
+    assert sorted(tmp_path.rglob("*")) == before
+    add(tmp_path, "first", runs, "--replace")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_branch_is_recorded_where_its_recipe_gives_the_same_run_without_a_trunk(tmp_path):
     trunk = write_run(tmp_path / "trunk", 4.0, "--lr_schedule", "wsd")
     (checkpoint := trunk / "checkpoints/step-00000175").mkdir(parents=True)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 SHOWN_CHARACTERS = 80
+LONGEST_DAYS = 9999  # of a duration: 27 years
 
 
 def format_bytes(size: float) -> str:
@@ -34,12 +35,13 @@ def format_clock(seconds: float) -> str:
 
 
 def read_duration(text: str) -> int:
-    """A duration in seconds: of `45s`, `30m`, `23h30m`, `1d2h`. Raises ValueError where it is none, or nothing."""
+    """A duration in seconds: of `45s`, `30m`, `23h30m`, `1d2h`. Raises ValueError where it is none, nothing, or longer
+    than LONGEST_DAYS."""
     found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
     days, hours, minutes, seconds = (int(number or 0) for number in found.groups()) if found else (0, 0, 0, 0)
     total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    if not total:
-        raise ValueError(f"{text!r} is no duration such as 45s, 30m, 23h30m or 1d2h")
+    if not 0 < total <= LONGEST_DAYS * 86_400:
+        raise ValueError(f"{text!r} is no duration such as 45s, 30m, 23h30m or 1d2h, up to {LONGEST_DAYS}d")
     return total
 
 

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import yaml
 
-from clm_owt.formatting import read_duration
+from clm_owt.formatting import LONGEST_DAYS, read_duration
 from clm_owt.optimizers import OPTIMIZERS
+from clm_owt.recipe_yaml import RecipeDumper
 from clm_owt.schedule import SCHEDULES, Schedule
 
 PENALTY_TYPES = ("non_max_sum", "neg_max_prob", "neg_entropy", "top_k_mass")
@@ -44,6 +45,9 @@ def above(bound: float) -> Rule:
     return Rule(lambda value: value > bound, f"greater than {bound}")
 
 
+EPOCHS = Rule(lambda value: 0 < value <= 1e6, "greater than 0, and at most 1,000,000")
+
+
 def fraction(low: str, high: str) -> Rule:
     """A number between 0 and 1; `low` and `high` are '[' or '(' and ']' or ')' as in mathematics."""
     return Rule(
@@ -63,7 +67,7 @@ def is_duration(text: str) -> bool:
     return False
 
 
-DURATION = Rule(is_duration, "a duration such as 45s, 30m, 23h30m or 1d2h")
+DURATION = Rule(is_duration, f"a duration such as 45s, 30m, 23h30m or 1d2h, up to {LONGEST_DAYS}d")
 
 # Keys that older recipes may have, and what came in their place. Without a value they had no effect, and have none.
 REMOVED_KEYS = {"pad_vocab_multiple": "the loss pads the vocabulary by itself where that is faster"}
@@ -125,7 +129,7 @@ class Recipe:
     min_lr_ratio: float = result_key("floor of the schedule as a share of the peak", 0.1, fraction("[", "]"))
     warmup_steps: int = result_key("steps of linear warm-up", rule=at_least(0))
     allow_incomplete_warmup: bool = key("run although the warm-up does not end before the run does", False)
-    num_train_epochs: float | None = result_key("passes over the training blocks", None, above(0))
+    num_train_epochs: float | None = result_key("passes over the training blocks", None, EPOCHS)
     max_steps: int | None = result_key("optimizer steps; wins over num_train_epochs", None, at_least(1))
     weight_decay: float = result_key("AdamW's decay, on matrices and embeddings only", 0.1, at_least(0))
     adam_beta1: float = result_key("AdamW's first decay rate", 0.9, fraction("[", ")"))
@@ -217,7 +221,7 @@ class Recipe:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.to_dict(), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}

@@ -5,6 +5,7 @@ Options win over the file: `--penalty_weight 0.01` or `--penalty_weight=0.01`, s
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -12,9 +13,8 @@ import importlib.util
 import math
 import re
 import typing
-import urllib.parse
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal
@@ -23,6 +23,7 @@ import yaml
 
 from clm_owt.data_files import ENDINGS, matching_files, no_match
 from clm_owt.errors import RecipeError
+from clm_owt.formatting import format_value
 from clm_owt.recipe import (
     FIELDS,
     FILE_FORMATS,
@@ -36,6 +37,7 @@ from clm_owt.recipe import (
     is_url,
     show,
 )
+from clm_owt.recipe_yaml import StrictLoader
 from clm_owt.schedule import schedule_problems
 
 # What other programs (nanoGPT, transformers' Trainer, LitGPT) call the keys.
@@ -84,28 +86,6 @@ OTHER_NAMES = {
 }
 
 
-class StrictLoader(yaml.SafeLoader):
-    """YAML in which `3e-3` is a number and a key given twice is an error."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            name = self.construct_object(key_node, deep=True)
-            if not isinstance(name, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key is no plain text", key_node.start_mark)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {name!r} is given twice; keep one", key_node.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 def load_recipe(argv: Sequence[str]) -> Recipe:
     """The recipe of a command line such as `["--recipe", "recipes/owt_512.yaml", "--penalty_weight", "0.01"]`.
 
@@ -125,7 +105,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[Recipe, bool]:
         try:
             values[name] = check_rule(name, convert_value())
         except ValueError as error:
-            problems.append(f"{where}: {name}: {value!r} does not work; expected {error}")
+            problems.append(f"{where}: {name}: {format_value(value)} does not work; expected {error}")
             broken.add(name)
 
     if path is not None:
@@ -138,8 +118,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[Recipe, bool]:
         given = getattr(options, name)
         if given is None:
             continue
-        if len(given) > 1:
-            problems.append(f"--{name}: given {len(given)} times; give it once")
+        problems += given_once(name, given)
         take(name, " ".join(given[-1]), functools.partial(words_to_value, name, given[-1]), "command line")
     problems += combination_problems(values, broken)
     if problems:
@@ -164,7 +143,8 @@ def parse_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, list[st
         allow_abbrev=False,
         argument_default=None,
     )
-    parser.add_argument("--recipe", metavar="FILE", help="the recipe's YAML file")
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # its own knows no exponent: `-1e-3` would be an option
+    parser.add_argument("--recipe", action="append", metavar="FILE", help="the recipe's YAML file")
     parser.add_argument("--plan_only", action="store_true", help="print the plan and stop")
     group: argparse._ActionsContainer = parser
     for name, field in FIELDS.items():
@@ -177,7 +157,15 @@ def parse_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, list[st
     # argparse would stop at the first unknown option; all of them are wanted.
     options, unknown = parser.parse_known_args(argv)
     names = [word.split("=")[0] for word in unknown if word.startswith("-")]  # without the values that follow them
-    return options, [unknown_key(name, "command line") for name in names or unknown]
+    problems = [unknown_key(name, "command line") for name in names or unknown]
+    if options.recipe is not None:
+        problems += given_once("recipe", options.recipe)
+        options.recipe = options.recipe[-1]
+    return options, problems
+
+
+def given_once(name: str, given: Sequence[Any]) -> list[str]:
+    return [f"--{name}: given {len(given)} times; give it once"] if len(given) > 1 else []
 
 
 def unknown_key(name: str, where: str) -> str:
@@ -270,7 +258,7 @@ def convert(expected: Any, value: Any, *, from_text: bool) -> Any:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             raise ValueError("text, or a list of texts")
-        return tuple(items)
+        return tuple(map(without_nul, items))
     if value is None:
         if type(None) in choices:
             return None
@@ -287,7 +275,7 @@ def convert(expected: Any, value: Any, *, from_text: bool) -> Any:
     if kind is str:
         if not isinstance(value, str) or not value.strip():
             raise ValueError("text (in quotes where it looks like a number)")
-        return value
+        return without_nul(value)
     if isinstance(value, bool) or (isinstance(value, str) and not from_text):
         raise ValueError(expected_types(choices))
     if kind is int and isinstance(value, float):
@@ -296,10 +284,20 @@ def convert(expected: Any, value: Any, *, from_text: bool) -> Any:
         number = kind(value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(expected_types(choices)) from None
+    if kind is int and abs(number) > LARGEST_WHOLE:
+        raise ValueError(f"{expected_types(choices)}, up to {LARGEST_WHOLE:,}")
     if not math.isfinite(number):
         raise ValueError("a finite number")
     return number
 
+
+def without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("text without the character NUL, which no path may hold")
+    return text
+
+
+LARGEST_WHOLE = 10**12  # of steps, blocks and the like: a thousand times what anybody trains
 
 LOSSES_BY_TOKENS = "a loss greater than 0 for each number of tokens, as {5e9: 3.193}, or 5e9=3.193 as an option"
 
@@ -375,8 +373,9 @@ def data_problems(get: Get) -> list[str]:
             problems.append(f"data_files: missing; dataset_name {dataset} reads the files that data_files names")
         for name in ("data_files", "validation_files"):
             for pattern in get(name) or ():
-                if not is_url(pattern) and not matching_files(pattern, dataset):
-                    problems.append(no_match(name, pattern, dataset))
+                with path_errors(problems, name, pattern):
+                    if not is_url(pattern) and not matching_files(pattern, dataset):
+                        problems.append(no_match(name, pattern, dataset))
     elif file_format := next((name for name, endings in ENDINGS.items() if f".{dataset}" in endings), None):
         problems.append(
             f"dataset_name: {dataset!r} is no format; {dataset} files are read by dataset_name {file_format}"
@@ -399,6 +398,8 @@ def data_problems(get: Get) -> list[str]:
         )
     if get("text_documents") == "file" and dataset != "text":
         problems.append(f"text_documents: 'file' is for dataset_name text, not for {dataset}; remove it")
+    with path_errors(problems, "data_cache_dir", get("data_cache_dir")):
+        Path(get("data_cache_dir")).expanduser()
     return problems
 
 
@@ -434,9 +435,9 @@ def tokenizer_problems(get: Get, broken: set[str]) -> list[str]:
             "tokenizer_name: missing; expected a Hub id or folder, or train_tokenizer_vocab_size to train one"
         )
     if tokenizer and (tokenizer.startswith((".", "/", "~")) or tokenizer.count("/") > 1):
-        folder = Path(tokenizer).expanduser()
-        if not (folder / "tokenizer.json").is_file():
-            problems.append(f"tokenizer_name: {tokenizer!r} is no folder with a tokenizer.json; save one there")
+        with path_errors(problems, "tokenizer_name", tokenizer):
+            if not (Path(tokenizer).expanduser() / "tokenizer.json").is_file():
+                problems.append(f"tokenizer_name: {tokenizer!r} is no folder with a tokenizer.json; save one there")
     return problems
 
 
@@ -489,8 +490,8 @@ def task_problems(get: Get) -> list[str]:
     for name in ("eval_tasks_steps", "eval_task_folder"):
         if get(name) and not tasks:
             problems.append(f"{name}: {get(name)!r} is read with eval_tasks only; name some, or remove it")
-    if folder and not Path(folder).is_dir():
-        problems.append(f"eval_task_folder: {folder!r} is no folder; expected one with task definitions (YAML)")
+    if folder:
+        problems += folder_problems("eval_task_folder", folder, "one with task definitions (YAML)")
     return problems
 
 
@@ -511,12 +512,34 @@ def output_problems(get: Get) -> list[str]:
         problems.append("hub_strategy: 'checkpoint' needs push_to_hub: true; set it, or leave hub_strategy at end")
     if get("checkpoint_mirror"):
         problems += mirror_problems(get("checkpoint_mirror"))
-    if get("branch_from") and not Path(get("branch_from")).is_dir():
-        problems.append(f"branch_from: {get('branch_from')!r} is no folder; expected a checkpoint of another run")
+    if get("branch_from"):
+        problems += folder_problems("branch_from", get("branch_from"), "a checkpoint of another run")
     resume = get("resume_from_checkpoint")
-    if resume not in ("auto", "never", None) and not Path(resume).is_dir():
-        problems.append(f"resume_from_checkpoint: {resume!r} is no folder; expected auto, never or a checkpoint")
+    if resume not in ("auto", "never", None):
+        problems += folder_problems("resume_from_checkpoint", resume, "auto, never or a checkpoint")
     return problems
+
+
+def folder_problems(key: str, path: str, expected: str) -> list[str]:
+    problems: list[str] = []
+    with path_errors(problems, key, path):
+        if not Path(path).is_dir():
+            problems.append(f"{key}: {path!r} is no folder; expected {expected}")
+    return problems
+
+
+@contextlib.contextmanager
+def path_errors(problems: list[str], key: str, path: str) -> Iterator[None]:
+    """Adds why a path cannot be looked at: no permission, a name that is too long, a `~user` who is unknown."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        problems.append(f"{key}: {path!r} cannot be looked at ({reason}); give a path that can")
+
+
+# Of fsspec's protocols: what is gone with the process, and what is only read.
+KEEPS_NOTHING = {"memory", "http", "https", "data", "zip", "tar", "libarchive", "git", "github", "gist"}
 
 
 def mirror_problems(address: str) -> list[str]:
@@ -524,10 +547,20 @@ def mirror_problems(address: str) -> list[str]:
     from fsspec.core import split_protocol  # which takes a tenth of a second
     from fsspec.registry import known_implementations as known
 
+    if ":" in address.partition("/")[0] and not re.match(r"[A-Za-z][\w+.-]+://", address):
+        return [
+            f"checkpoint_mirror: {address!r} is no address; expected one with ://, such as s3://bucket/runs/x, or the "
+            "path of a folder"
+        ]
     protocol, rest = split_protocol(address)
     if protocol and protocol not in known:
         return [f"checkpoint_mirror: {address!r} is at no address that fsspec knows, such as s3://bucket/runs/x"]
-    user, _, server = urllib.parse.urlsplit(f"//{rest}").netloc.rpartition("@")
+    if protocol in KEEPS_NOTHING:
+        return [
+            f"checkpoint_mirror: {address!r}: a run can keep nothing at {protocol}://; give an address that can be "
+            "written to and lasts, such as s3://bucket/runs/x"
+        ]
+    user, _, server = re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")
     if protocol and ":" in user:
         return [
             f"checkpoint_mirror: {protocol}://...@{server} holds a password, which would be written to files; give it "

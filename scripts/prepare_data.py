@@ -43,7 +43,7 @@ from clm_owt.files import replacing
 from clm_owt.formatting import format_bytes, format_duration, text_table
 from clm_owt.planning.disks import block_bytes, disk_problems, find_disk
 from clm_owt.recipe import Recipe, default_of
-from clm_owt.recipe_reader import load_recipe, parse_command_line
+from clm_owt.recipe_reader import load_recipe, parse_command_line, path_errors
 
 # On so many cores, workers were not faster than one process for less than a gigabyte of local text (docs/data.md).
 FEW_CORES = 2
@@ -125,12 +125,13 @@ def find_cache(recipe_options: list[str]) -> Path:
     """The `data_cache_dir` of these options, with which no recipe need be given."""
     given, problems = parse_command_line(recipe_options)
     if given.recipe:
-        cache = load_recipe(recipe_options).data_cache_dir
-    elif problems:
+        return Path(load_recipe(recipe_options).data_cache_dir).expanduser()
+    cache = " ".join(given.data_cache_dir[-1]) if given.data_cache_dir else default_of("data_cache_dir")
+    with path_errors(problems, "data_cache_dir", cache):
+        folder = Path(cache).expanduser()
+    if problems:
         raise RecipeError(problems)
-    else:
-        cache = " ".join(given.data_cache_dir[-1]) if given.data_cache_dir else default_of("data_cache_dir")
-    return Path(cache).expanduser()
+    return folder
 
 
 def list_stores(cache: Path) -> None:

@@ -1,8 +1,11 @@
+import contextlib
 import dataclasses
+import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from clm_owt.errors import RecipeError
 from clm_owt.recipe import FIELDS, GROUPS
 from clm_owt.recipe_reader import OTHER_NAMES, load_recipe
+from clm_owt.reports.record import read_recipe
 
 ROOT = Path(__file__).parent.parent
 REQUIRED = {
@@ -60,6 +64,7 @@ def test_the_command_line_wins_over_the_file_in_both_forms(tmp_path):
     assert load_recipe([*argv, "--penalty_weight", "0.01"]).penalty_weight == 0.01
     assert load_recipe([*argv, "--penalty_weight=-1e-2"]).penalty_weight == -0.01
     assert load_recipe([*argv, "--penalty_weight", "-0.01"]).penalty_weight == -0.01
+    assert load_recipe([*argv, "--penalty_weight", "-1e-2"]).penalty_weight == -0.01
     assert load_recipe([*argv, "--sample_prompts", "one two", "three"]).sample_prompts == ("one two", "three")
     assert load_recipe([*argv, "--seed", "7"]).seed == 7
 
@@ -71,9 +76,17 @@ def test_none_sets_a_key_to_null(tmp_path):
     assert load_recipe([*argv, "--report_to=none"]).report_to == ()
 
 
-def test_scientific_notation_is_a_number_in_yaml(tmp_path):
-    recipe = load_recipe(recipe_file(tmp_path, FILE.replace("1e-3", "3e-3")))
-    assert recipe.learning_rate == 3e-3
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("3e-3", 3e-3), ("010", 10), ("1_0.5", 10.5), ("+.5E+1", 5), ("1.", 1), ("-7e-1", -0.7), ("1:10", None),
+     ("0x10", None), ("0o10", None), ("0b1", None), ("1__0", None), ("2024-02-28", None)],
+)  # fmt: skip
+def test_a_number_is_in_a_file_what_it_is_as_an_option(tmp_path, text, number):
+    given = recipe_file(tmp_path, FILE + f"penalty_weight: {text}\n"), words(penalty_weight=text)
+    if number is None:
+        assert all("expected a number such as 3e-3" in problem for argv in given for problem in problems(argv))
+    else:
+        assert [load_recipe(argv).penalty_weight for argv in given] == [number, number]
 
 
 def test_a_run_is_named_after_the_recipe_and_what_the_command_line_changes_in_its_result(tmp_path):
@@ -145,11 +158,14 @@ def test_help_groups_the_keys_and_gives_choices_and_defaults(capsys):
     assert "None" not in text and "MISSING" not in text
 
 
-def test_a_recipe_written_out_reads_back_the_same(tmp_path):
-    recipe = load_recipe([*words(sample_prompts="λ: 'quoted'", data_cache_dir="/tmp/é"), *MILESTONES])
+@pytest.mark.parametrize("run_name", ["trial", "09", "1e-3", "1:10", "2024-02-30", "no"])
+def test_a_recipe_written_out_reads_back_the_same(tmp_path, run_name):
+    prompts = {"sample_prompts": "λ: 'quoted'", "data_cache_dir": "/tmp/é", "run_name": run_name}
+    recipe = load_recipe([*words(**prompts), *MILESTONES])
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe(["--recipe", str(path)]) == recipe
+    assert read_recipe(tmp_path) == recipe.to_dict()
 
 
 def test_a_validation_set_held_out_otherwise_leaves_no_validation_documents(tmp_path):
@@ -178,6 +194,13 @@ def test_all_problems_are_reported_at_once(tmp_path):
     ):
         assert any(expected in problem for problem in found), (expected, found)
     assert len(found) == 9
+
+
+TOO_LONG = "./" + "x" * 300
+UNREACHABLE = {
+    "~nouser/x": "'~nouser/x' cannot be looked at (Could not determine home directory.); give a path that can",
+    TOO_LONG: f"'{TOO_LONG}' cannot be looked at (File name too long); give a path that can",
+}
 
 
 @pytest.mark.parametrize(
@@ -232,6 +255,14 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ({"hub_strategy": "always"}, "expected one of end, every_save"),
         ({"resume_from_checkpoint": "/nowhere"}, "expected auto, never or a checkpoint"),
         ({"seed": "-1"}, "expected in [0, 2**32)"),
+        ({"max_steps": "1" * 400}, "1… does not work; expected a whole number or none, up to 1,000,000,000,000"),
+        ({"max_steps": None, "num_train_epochs": "1e308"}, "expected greater than 0, and at most 1,000,000"),
+        ({"stop_after": "99999999999999d"}, "expected a duration such as 45s, 30m, 23h30m or 1d2h, up to 9999d"),
+        ({"data_cache_dir": "~nouser/x"}, "cannot be looked at (Could not determine home directory.)"),
+        *(({"train_tokenizer_vocab_size": None, "tokenizer_name": path}, said) for path, said in UNREACHABLE.items()),
+        *(({"dataset_name": "text", "data_files": path}, said) for path, said in UNREACHABLE.items()),
+        ({"branch_from": TOO_LONG}, UNREACHABLE[TOO_LONG]),
+        ({"resume_from_checkpoint": TOO_LONG}, UNREACHABLE[TOO_LONG]),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_with_what_would(changes, expected):
@@ -252,6 +283,34 @@ def test_tasks_without_the_harness_are_refused_with_what_installs_it(monkeypatch
     assert recipe.eval_tasks == ("hellaswag",) and "eval_tasks" not in recipe.run_name
     [problem] = problems(words(eval_tasks="hellaswag", eval_task_folder="nowhere"))
     assert problem.startswith("eval_task_folder: 'nowhere' is no folder; expected one with task definitions")
+    [problem] = problems(words(eval_tasks="hellaswag", eval_task_folder=TOO_LONG))
+    assert problem == f"eval_task_folder: {UNREACHABLE[TOO_LONG]}"
+
+
+@pytest.mark.parametrize("name", ["tokenizer_name", "data_files", "branch_from", "resume_from_checkpoint"])
+def test_a_path_without_permission_is_refused_with_that_reason(tmp_path, name):
+    (tmp_path / "closed/inner").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0)
+    path = str(tmp_path / "closed/inner")
+    files = {"dataset_name": "text", "data_files": __file__, "tokenizer_name": "gpt2", name: path}
+    with as_nobody(tmp_path):
+        [problem] = problems(words(**files, train_tokenizer_vocab_size=None))
+    assert problem == f"{name}: {path!r} cannot be looked at (Permission denied); give a path that can"
+
+
+@contextlib.contextmanager
+def as_nobody(folder: Path) -> Iterator[None]:
+    """Without root's right to everything, and with a way to the folder."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for above in folder.parents[:3]:
+        above.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def test_an_incomplete_warmup_is_taken_when_the_recipe_says_so():
@@ -326,6 +385,14 @@ def test_milestones_that_are_no_losses_by_tokens_are_refused(tmp_path, given, sa
         ("seed: null\n", "expected a whole number, not null"),
         ("sample_prompts: [1]\n", "expected text, or a list of texts"),
         ("7: 7\n", "unknown key 7"),
+        ("seed: !!int x\n", "line 1: not valid YAML: 'x' cannot be read as int"),
+        ("seed: !!timestamp x\n", "line 1: not valid YAML: 'x' cannot be read as timestamp"),
+        ("seed: !!map x\n", "line 1: not valid YAML: expected a mapping node"),
+        (f"\nseed: {'1' * 5000}\n", "line 2: not valid YAML: '1111"),
+        ("seed: 0b_\n", "seed: '0b_' does not work; expected a whole number"),
+        (f"seed: {'1' * 400}\n", "… does not work; expected a whole number, up to 1,000,000,000,000"),
+        ('run_name: "a\\0b"\n', "expected text without the character NUL"),
+        ('data_files: ["a\\0b"]\n', "expected text without the character NUL"),
     ],
 )
 def test_a_file_that_cannot_be_read_as_a_recipe_is_refused(tmp_path, text, expected):
@@ -333,8 +400,10 @@ def test_a_file_that_cannot_be_read_as_a_recipe_is_refused(tmp_path, text, expec
     assert any(expected in problem for problem in found), found
 
 
-def test_a_key_given_twice_on_the_command_line_is_an_error():
+def test_a_key_given_twice_on_the_command_line_is_an_error(tmp_path):
     assert "--seed: given 2 times; give it once" in problems([*words(), "--seed", "1", "--seed=2"])
+    recipe = recipe_file(tmp_path, FILE)
+    assert problems([*recipe, *recipe]) == ["--recipe: given 2 times; give it once"]
 
 
 def test_a_bad_recipe_ends_with_status_2_within_two_seconds_and_writes_nothing(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx2
 import huggingface_hub
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
@@ -46,7 +46,7 @@ def check_repository(recipe: Recipe) -> list[str]:
     """With `push_to_hub`, create the repository if there is none, and check that this user may write to it.
 
     Gives what is to be said: a line where the server cannot be reached. Raises InputError for what will not pass by
-    itself: a rejected token, a missing right, an impossible name.
+    itself: no token or a rejected one, a missing right, an impossible name.
     """
     repo_id = recipe.hub_model_id
     if not recipe.push_to_hub:
@@ -74,7 +74,10 @@ def is_private(hub_private_repo: bool | None, hub_strategy: str) -> bool | None:
 
 
 def ensure_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
-    """The full id of the repository, which exists and may be written to."""
+    """The full id of the repository, which exists and may be written to. Raises LocalTokenNotFoundError, without
+    asking the Hub, where this user has no token."""
+    if huggingface_hub.get_token() is None:
+        raise LocalTokenNotFoundError
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     api.auth_check(repo_id, write=True)  # a 409 of the creation says nothing of the right to write
     return repo_id
@@ -82,6 +85,8 @@ def ensure_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
 
 def will_not_pass(error: Exception) -> bool:
     """Whether repeating the request cannot help: a client's error, but not a conflict, a time-out or a full quota."""
+    if isinstance(error, LocalTokenNotFoundError):  # an OSError
+        return True
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         return 400 <= status < 500 and status not in (408, 409, 412, 423, 425, 429)
@@ -99,6 +104,8 @@ def explain(error: Exception) -> str:
             404: "there is no such repository that this token may see; check the name and the token",
         }
         return f"{status} {' '.join(said.split())}" + (f": {advice[status]}" if status in advice else "")
+    if isinstance(error, LocalTokenNotFoundError):
+        return "not logged in; `hf auth login`, or a token in HF_TOKEN"
     if isinstance(error, HFValidationError):
         return f"no valid repository id; expected name or user/name ({' '.join(str(error).split())})"
     return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(": ")
@@ -141,7 +148,8 @@ def upload(folder: Path, repo_id: str, private: bool | None) -> str:
 def push(run: Path, repo_id: str | None, private: bool | None) -> str:
     """Upload a finished run, or the last upload of an unfinished one that did not arrive, now and once; gives the URL.
 
-    Raises InputError where there is nothing to upload or no right to; other errors as they come.
+    Raises InputError where there is nothing to upload or no right to; other errors as they come. To be called while no
+    run writes to the folder.
     """
     recipe = read_recipe(run)
     repo_id = repo_id or recipe["hub_model_id"]

@@ -10,6 +10,8 @@ from pathlib import Path
 from clm_owt.errors import InputError
 from clm_owt.hub import explain, push
 from clm_owt.program import run_script
+from clm_owt.reports.record import read_recipe
+from clm_owt.training.run_lock import run_lock
 
 
 def main(argv: list[str]) -> None:
@@ -18,8 +20,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--hub_model_id", help="repository to upload to (default: the recipe's)")
     parser.add_argument("--private", action="store_const", const=True, help="create the repository as private")
     options = parser.parse_args(argv)
+    read_recipe(options.run)  # else a lock would be the first file of a folder
     try:
-        print(f"Uploaded {options.run}: {push(options.run, options.hub_model_id, options.private)}")
+        with run_lock(options.run, leaving=0.0):  # a run that is running uploads from there itself
+            url = push(options.run, options.hub_model_id, options.private)
+        print(f"Uploaded {options.run}: {url}")
     except InputError:
         raise
     except Exception as error:

@@ -5,6 +5,7 @@ as the libraries raise it, and told in words by `explain`.
 """
 
 import contextlib
+import errno
 import hashlib
 import re
 import tempfile
@@ -32,6 +33,10 @@ from clm_owt.training.checkpoint import MARKER, fingerprint
 # Python's random numbers, whose state is a part of the run's.
 S3_OPTIONS = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
 OPTIONS = {"file": {"auto_mkdir": True}, "local": {"auto_mkdir": True}, "s3": S3_OPTIONS, "s3a": S3_OPTIONS}
+
+
+# Of a folder: nobody mends them while the run goes on.
+LASTING_ERRORS = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 
 @dataclass(frozen=True)
@@ -217,7 +222,11 @@ class Mirror:
 
     def will_not_pass(self, error: Exception) -> bool:
         without_keys = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of botocore
-        return isinstance(error, (PermissionError, FileNotFoundError)) or type(error).__name__ in without_keys
+        return (
+            isinstance(error, (*LASTING_ERRORS, NotImplementedError))
+            or getattr(error, "errno", None) in (errno.EROFS, errno.ENAMETOOLONG)
+            or type(error).__name__ in without_keys
+        )
 
     def explain(self, error: Exception) -> str:
         return one_line(error)

@@ -2,14 +2,16 @@
 
 import json
 import re
+import typing
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from clm_owt.errors import InputError
+from clm_owt.recipe import FIELDS, default_of
 
 Row = dict[str, Any]
 
@@ -32,9 +34,13 @@ PLACES = {
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """The settings in a run's recipe.yaml; one of an older version may lack keys. Raises InputError where there is no
-    such file, or none that can be read."""
-    return _read_mapping(folder / "recipe.yaml", yaml.safe_load)
+    """The settings in a run's recipe.yaml, with the defaults of those that an older version did not have. Raises
+    InputError where there is no such file, or none that can be read."""
+    content = _read_mapping(folder / "recipe.yaml", yaml.safe_load)
+    for name, field_of_recipe in FIELDS.items():
+        if field_of_recipe.default is not MISSING:
+            content.setdefault(name, default_of(name))
+    return content
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
@@ -42,7 +48,18 @@ def read_plan(folder: Path) -> dict[str, Any]:
     return _read_mapping(folder / "plan.json", json.loads)
 
 
-def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+class FileContent(dict[str, Any]):
+    """What a file holds. Asked for a name that is not in it, it raises an InputError that names the file."""
+
+    def __init__(self, path: Path, content: dict[str, Any]):
+        super().__init__(content)
+        self._path = path
+
+    def __missing__(self, name: str) -> typing.NoReturn:
+        raise InputError(f"{self._path} has no {name!r}: it is damaged, or of another version; restore it from a copy")
+
+
+def _read_mapping(path: Path, parse: Callable[[str], Any]) -> FileContent:
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -51,7 +68,7 @@ def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} cannot be read: expected names and values")
-    return content
+    return FileContent(path, content)
 
 
 def read_metrics(path: Path) -> list[Row]:

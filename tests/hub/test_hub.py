@@ -9,15 +9,18 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import push
 import pytest
 from support.hub_server import HubServer
 from support.runs import PYTHON, ROOT, run, timeless_metrics
 
 from clm_owt import hub, upload_queue
+from clm_owt.errors import InputError
 from clm_owt.recipe import Recipe
 from clm_owt.reports.model_card import card_metadata
 from clm_owt.reports.record import read_metrics
 from clm_owt.stopping import Stopped, StopRequest
+from clm_owt.training.run_lock import run_lock
 
 pytestmark = pytest.mark.xdist_group("hub")  # its runs are shared
 
@@ -285,7 +288,30 @@ for token, repo_id in {cases!r}:
     assert "403" in read_only and "write access" in read_only
     assert "403" in foreign
     assert "no valid repository id" in name
-    assert "401" in no_token and "hf auth login" in no_token
+    assert "hub_model_id: tester/mine: not logged in; `hf auth login`, or a token in HF_TOKEN" in no_token
+
+
+@pytest.fixture
+def half_a_run(tmp_path) -> Path:
+    """What a folder may hold that is of an older version, or damaged, with an upload that waits."""
+    (tmp_path / "recipe.yaml").write_text("run_name: tiny\n")
+    (tmp_path / "plan.json").write_text("{}")
+    (tmp_path / "hub/step-00000004").mkdir(parents=True)
+    return tmp_path
+
+
+def test_push_py_leaves_a_run_alone_that_is_running(half_a_run):
+    with run_lock(half_a_run), pytest.raises(InputError, match="has been running in"):
+        push.main([str(half_a_run), "--hub_model_id", REPO])
+    assert (half_a_run / "hub/step-00000004").is_dir()
+
+
+def test_push_py_names_what_a_folder_lacks(half_a_run):
+    with pytest.raises(InputError, match="its recipe has no hub_model_id; give one: --hub_model_id me/gpt2-owt"):
+        push.main([str(half_a_run)])
+    (half_a_run / "model").mkdir()
+    with pytest.raises(InputError, match=r"/plan\.json has no 'total_steps': it is damaged, or of another version"):
+        push.main([str(half_a_run), "--hub_model_id", REPO])
 
 
 class Queue:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import signal
 from functools import partial
@@ -61,6 +62,15 @@ def assert_same_run(folder: Path, other: Path) -> None:
     assert timeless_metrics(folder) == timeless_metrics(other)
     for name in ("model/model.safetensors", "samples.md"):
         assert (folder / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_without_a_token_no_answer_of_the_hub_is_waited_for(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    hub = {"push_to_hub": True, "hub_model_id": "tiny", "hub_strategy": "checkpoint", "checkpoint_mirror": None}
+    with pytest.raises(InputError, match="cannot be asked for a checkpoint: not logged in; `hf auth login`"):
+        remote.fetch_newer(dataclasses.replace(recipe, **hub))
+    assert "trying again" not in capsys.readouterr().out
 
 
 # What is kept
@@ -159,6 +169,22 @@ def test_any_file_system_of_fsspec_will_do(finished, recipe, tmp_path):
     (found,) = place.find()
     place.fetch(found, tmp_path / "fetched")
     assert find_damage(tmp_path / "fetched") is None and found.listing.step == 12
+
+
+@pytest.mark.parametrize(
+    ("mirror", "reason"),
+    [
+        ("file", "FileExistsError: [Errno 17] File exists"),
+        ("file/x", "NotADirectoryError: [Errno 20] Not a directory"),
+        ("x" * 300, "OSError: [Errno 36] File name too long"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_refused_before_the_run(recipe, tmp_path, mirror, reason):
+    (tmp_path / "file").write_text("mine")
+    address = str(tmp_path / mirror)
+    with pytest.raises(InputError, match=re.escape(f"checkpoint_mirror: {address} cannot be written to ({reason}")):
+        remote.check_places(dataclasses.replace(recipe, checkpoint_mirror=address))
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 # The same command in an empty folder
@@ -260,6 +286,12 @@ def test_without_an_answer_nothing_begins_anew_and_what_is_here_goes_on(
         ("ftp://me:secret@server/x", "holds a password"),
         ("s3://bucket/x", r"needs s3fs; pip install 'clm_owt\[mirror\]'"),
         ("gs://bucket/x", "needs gcsfs; pip install gcsfs"),
+        ("memory://x", "a run can keep nothing at memory://"),
+        ("https://server/x", "a run can keep nothing at https://"),
+        ("s3:/bucket/x", "is no address; expected one with ://, such as s3://bucket/runs/x, or the path of a folder"),
+        (r"C:\x", "is no address; expected one with ://"),
+        ("data:,x", "is no address; expected one with ://"),
+        ("s3://[bad/x", "needs s3fs"),
     ],
 )
 def test_an_address_that_cannot_work_is_named(tiny_recipe, monkeypatch, address, expected):

@@ -24,8 +24,8 @@ PLAN = {
 @pytest.fixture
 def folder(tmp_path):
     recipe = Recipe(dataset_name="json", effective_batch_size=8, learning_rate=3e-3, warmup_steps=2, run_name="tiny")
-    # As it was written before recipes had an optimizer.
-    text = "".join(line for line in recipe.to_yaml().splitlines(True) if not line.startswith("optimizer:"))
+    older = ("optimizer:", "dataset_split:")  # as it was written before recipes had these
+    text = "".join(line for line in recipe.to_yaml().splitlines(True) if not line.startswith(older))
     (tmp_path / "recipe.yaml").write_text(text)
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))
     with (tmp_path / "metrics.jsonl").open("w") as file:

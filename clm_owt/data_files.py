@@ -1,6 +1,7 @@
 """Which files of this machine an entry of `data_files` names: a path, a folder, or a glob."""
 
 import glob
+import os
 from pathlib import Path
 
 # How the files of a format are named that a folder stands for; each may also be compressed.
@@ -17,12 +18,14 @@ def matching_files(pattern: str, file_format: str) -> list[str]:
     """The paths of the files that `pattern` names, sorted; none where it names none.
 
     A file of that very name is meant before a glob is, whatever characters are in it. A folder stands for the files in
-    it and in its subfolders that are named as `file_format`'s are, hidden ones left out.
+    it and in its subfolders that are named as `file_format`'s are, hidden ones left out. Raises OSError for a path
+    that cannot be looked at, and RuntimeError for a `~user` who is unknown.
     """
     path = Path(pattern).expanduser()
     if path.is_file():
         return [str(path)]
     if path.is_dir():
+        os.scandir(path).close()  # glob passes over a folder that cannot be read
         names = tuple(ending + compressed for ending in ENDINGS[file_format] for compressed in COMPRESSED)
         found = [name for name in glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True) if name.endswith(names)]
     else:

@@ -373,9 +373,8 @@ def data_problems(get: Get) -> list[str]:
             problems.append(f"data_files: missing; dataset_name {dataset} reads the files that data_files names")
         for name in ("data_files", "validation_files"):
             for pattern in get(name) or ():
-                with path_errors(problems, name, pattern):
-                    if not is_url(pattern) and not matching_files(pattern, dataset):
-                        problems.append(no_match(name, pattern, dataset))
+                if not is_url(pattern):
+                    problems += file_problems(name, pattern, dataset)
     elif file_format := next((name for name, endings in ENDINGS.items() if f".{dataset}" in endings), None):
         problems.append(
             f"dataset_name: {dataset!r} is no format; {dataset} files are read by dataset_name {file_format}"
@@ -399,7 +398,19 @@ def data_problems(get: Get) -> list[str]:
     if get("text_documents") == "file" and dataset != "text":
         problems.append(f"text_documents: 'file' is for dataset_name text, not for {dataset}; remove it")
     with path_errors(problems, "data_cache_dir", get("data_cache_dir")):
-        Path(get("data_cache_dir")).expanduser()
+        Path(get("data_cache_dir")).expanduser().exists()
+    return problems
+
+
+def file_problems(key: str, pattern: str, file_format: str) -> list[str]:
+    """That the pattern names no file, or one that cannot be read."""
+    problems: list[str] = []
+    with path_errors(problems, key, pattern):
+        files = matching_files(pattern, file_format)
+        if not files:
+            problems.append(no_match(key, pattern, file_format))
+        for file in files:
+            check_readable(Path(file))
     return problems
 
 
@@ -436,8 +447,11 @@ def tokenizer_problems(get: Get, broken: set[str]) -> list[str]:
         )
     if tokenizer and (tokenizer.startswith((".", "/", "~")) or tokenizer.count("/") > 1):
         with path_errors(problems, "tokenizer_name", tokenizer):
-            if not (Path(tokenizer).expanduser() / "tokenizer.json").is_file():
+            file = Path(tokenizer).expanduser() / "tokenizer.json"
+            if not file.is_file():
                 problems.append(f"tokenizer_name: {tokenizer!r} is no folder with a tokenizer.json; save one there")
+            else:
+                check_readable(file)
     return problems
 
 
@@ -530,12 +544,18 @@ def folder_problems(key: str, path: str, expected: str) -> list[str]:
 
 @contextlib.contextmanager
 def path_errors(problems: list[str], key: str, path: str) -> Iterator[None]:
-    """Adds why a path cannot be looked at: no permission, a name that is too long, a `~user` who is unknown."""
+    """Adds why a path, or a file in it, cannot be read: no permission, a name that is too long, an unknown `~user`."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        problems.append(f"{key}: {path!r} cannot be looked at ({reason}); give a path that can")
+        which = str(getattr(error, "filename", None) or path)
+        problems.append(f"{key}: {which!r} cannot be read ({reason}); give a path that can")
+
+
+def check_readable(file: Path) -> None:
+    """Raises OSError where the file is none to be read."""
+    file.open("rb").close()
 
 
 # Of fsspec's protocols: what is gone with the process, and what is only read.

@@ -129,6 +129,7 @@ def find_cache(recipe_options: list[str]) -> Path:
     cache = " ".join(given.data_cache_dir[-1]) if given.data_cache_dir else default_of("data_cache_dir")
     with path_errors(problems, "data_cache_dir", cache):
         folder = Path(cache).expanduser()
+        folder.exists()
     if problems:
         raise RecipeError(problems)
     return folder

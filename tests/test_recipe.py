@@ -196,10 +196,10 @@ def test_all_problems_are_reported_at_once(tmp_path):
     assert len(found) == 9
 
 
-TOO_LONG = "./" + "x" * 300
+TOO_LONG = "x" * 300
 UNREACHABLE = {
-    "~nouser/x": "'~nouser/x' cannot be looked at (Could not determine home directory.); give a path that can",
-    TOO_LONG: f"'{TOO_LONG}' cannot be looked at (File name too long); give a path that can",
+    "~nouser/x": "'~nouser/x' cannot be read (Could not determine home directory.); give a path that can",
+    TOO_LONG: f"'{TOO_LONG}' cannot be read (File name too long); give a path that can",
 }
 
 
@@ -258,8 +258,12 @@ UNREACHABLE = {
         ({"max_steps": "1" * 400}, "1… does not work; expected a whole number or none, up to 1,000,000,000,000"),
         ({"max_steps": None, "num_train_epochs": "1e308"}, "expected greater than 0, and at most 1,000,000"),
         ({"stop_after": "99999999999999d"}, "expected a duration such as 45s, 30m, 23h30m or 1d2h, up to 9999d"),
-        ({"data_cache_dir": "~nouser/x"}, "cannot be looked at (Could not determine home directory.)"),
-        *(({"train_tokenizer_vocab_size": None, "tokenizer_name": path}, said) for path, said in UNREACHABLE.items()),
+        *(({"data_cache_dir": path}, said) for path, said in UNREACHABLE.items()),
+        ({"train_tokenizer_vocab_size": None, "tokenizer_name": "~nouser/x"}, UNREACHABLE["~nouser/x"]),
+        (
+            {"train_tokenizer_vocab_size": None, "tokenizer_name": f"./{TOO_LONG}"},
+            "cannot be read (File name too long)",
+        ),
         *(({"dataset_name": "text", "data_files": path}, said) for path, said in UNREACHABLE.items()),
         ({"branch_from": TOO_LONG}, UNREACHABLE[TOO_LONG]),
         ({"resume_from_checkpoint": TOO_LONG}, UNREACHABLE[TOO_LONG]),
@@ -287,25 +291,39 @@ def test_tasks_without_the_harness_are_refused_with_what_installs_it(monkeypatch
     assert problem == f"eval_task_folder: {UNREACHABLE[TOO_LONG]}"
 
 
-@pytest.mark.parametrize("name", ["tokenizer_name", "data_files", "branch_from", "resume_from_checkpoint"])
-def test_a_path_without_permission_is_refused_with_that_reason(tmp_path, name):
-    (tmp_path / "closed/inner").mkdir(parents=True)
-    (tmp_path / "closed").chmod(0)
-    path = str(tmp_path / "closed/inner")
-    files = {"dataset_name": "text", "data_files": __file__, "tokenizer_name": "gpt2", name: path}
-    with as_nobody(tmp_path):
-        [problem] = problems(words(**files, train_tokenizer_vocab_size=None))
-    assert problem == f"{name}: {path!r} cannot be looked at (Permission denied); give a path that can"
+@pytest.mark.parametrize(
+    ("name", "path", "unreadable"),
+    [
+        ("branch_from", "closed/inner", "closed/inner"),
+        ("resume_from_checkpoint", "closed/inner", "closed/inner"),
+        ("data_cache_dir", "closed/inner", "closed/inner"),
+        ("tokenizer_name", "closed", "closed/tokenizer.json"),
+        ("tokenizer_name", "open", "open/tokenizer.json"),
+        ("data_files", "closed/inner", "closed/inner"),
+        ("data_files", "closed", "closed"),
+        ("data_files", "open/*.json", "open/tokenizer.json"),
+    ],
+)
+def test_what_there_is_no_permission_to_read_is_named(tmp_path, monkeypatch, name, path, unreadable):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("closed", "open"):
+        Path(folder).mkdir()
+    Path("text.txt").touch()
+    Path("open/tokenizer.json").touch(mode=0)
+    Path("closed").chmod(0)
+    good = {"dataset_name": "text", "data_files": "text.txt", "tokenizer_name": "gpt2", "data_cache_dir": "cache"}
+    with as_nobody():
+        [problem] = problems(words(**good | {name: f"./{path}"}, train_tokenizer_vocab_size=None))
+    assert problem == f"{name}: '{unreadable}' cannot be read (Permission denied); give a path that can"
 
 
 @contextlib.contextmanager
-def as_nobody(folder: Path) -> Iterator[None]:
-    """Without root's right to everything, and with a way to the folder."""
+def as_nobody() -> Iterator[None]:
+    """In the working directory without root's right to everything."""
     if os.geteuid() != 0:
         yield
         return
-    for above in folder.parents[:3]:
-        above.chmod(0o755)
+    Path.cwd().chmod(0o755)
     os.seteuid(65534)
     try:
         yield

@@ -567,17 +567,18 @@ def mirror_problems(address: str) -> list[str]:
     from fsspec.core import split_protocol  # which takes a tenth of a second
     from fsspec.registry import known_implementations as known
 
+    shown = address.rpartition("@")[2]  # without a user and his password
     if ":" in address.partition("/")[0] and not re.match(r"[A-Za-z][\w+.-]+://", address):
         return [
-            f"checkpoint_mirror: {address!r} is no address; expected one with ://, such as s3://bucket/runs/x, or the "
+            f"checkpoint_mirror: {shown!r} is no address; expected one with ://, such as s3://bucket/runs/x, or the "
             "path of a folder"
         ]
     protocol, rest = split_protocol(address)
     if protocol and protocol not in known:
-        return [f"checkpoint_mirror: {address!r} is at no address that fsspec knows, such as s3://bucket/runs/x"]
+        return [f"checkpoint_mirror: {shown!r} is at no address that fsspec knows, such as s3://bucket/runs/x"]
     if protocol in KEEPS_NOTHING:
         return [
-            f"checkpoint_mirror: {address!r}: a run can keep nothing at {protocol}://; give an address that can be "
+            f"checkpoint_mirror: {shown!r}: a run can keep nothing at {protocol}://; give an address that can be "
             "written to and lasts, such as s3://bucket/runs/x"
         ]
     user, _, server = re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")

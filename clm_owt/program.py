@@ -1,6 +1,7 @@
 """How a program of this project begins and ends, whatever its user does meanwhile."""
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -10,6 +11,11 @@ from pathlib import Path
 
 from clm_owt.console import close_output
 from clm_owt.errors import InputError, exit_with
+
+if typing.TYPE_CHECKING:
+    from clm_owt.recipe import Rule
+
+Number = typing.TypeVar("Number", int, float)
 
 
 def end_quietly_at_interrupts() -> None:
@@ -40,6 +46,36 @@ def run_script(main: Callable[[Sequence[str]], int | None]) -> typing.NoReturn:
     finally:
         close_output()
     sys.exit(status)
+
+
+def number(kind: type[Number], rule: "Rule") -> Callable[[str], Number]:
+    """A type of argparse: whole numbers (int) or finite ones (float), for which a rule as those of a recipe's keys
+    holds."""
+
+    def read(text: str) -> Number:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if (isinstance(value, float) and not math.isfinite(value)) or not rule.holds(value):
+            noun = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} does not work; expected a {noun} {rule.text}")
+        return value
+
+    return read
+
+
+def picture_file(*endings: str) -> Callable[[str], Path]:
+    """A type of argparse: an output file whose name has one of these endings, which tells its format."""
+
+    def read(text: str) -> Path:
+        path = output_file(text)
+        if path.suffix not in endings:
+            expected = " or ".join(endings)
+            raise argparse.ArgumentTypeError(f"{text!r} does not work; expected a name that ends in {expected}")
+        return path
+
+    return read
 
 
 def output_file(text: str) -> Path:

@@ -67,6 +67,7 @@ def is_duration(text: str) -> bool:
     return False
 
 
+SEED = Rule(lambda value: 0 <= value < 2**32, "in [0, 2**32)")
 DURATION = Rule(is_duration, f"a duration such as 45s, 30m, 23h30m or 1d2h, up to {LONGEST_DAYS}d")
 
 # Keys that older recipes may have, and what came in their place. Without a value they had no effect, and have none.
@@ -172,7 +173,7 @@ class Recipe:
     branch_from: str | None = result_key("a checkpoint of another run, from which this one goes its own way", None)
     resume_from_checkpoint: str = key("auto, never, or a checkpoint's folder", "auto")
     stop_after: str | None = key("save and stop so long after the start: 45s, 30m, 23h30m, 1d2h", None, DURATION)
-    seed: int = result_key("of weights, data order and sampling", 42, Rule(lambda v: 0 <= v < 2**32, "in [0, 2**32)"))
+    seed: int = result_key("of weights, data order and sampling", 42, SEED)
     deterministic: bool = result_key("only deterministic kernels (slower on a GPU)", False)
     report_to: tuple[str, ...] = key("any of wandb, tensorboard, trackio", ())
     wandb_project: str = key("project of the trackers", "clm_owt")

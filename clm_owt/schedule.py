@@ -38,7 +38,7 @@ class Schedule:
         """The step after which the rate falls."""
         if self.kind != "wsd":
             return self.warmup_steps
-        return max(self.warmup_steps, self.total_steps - round(self.decay_share * self.total_steps))
+        return max(self.warmup_steps, self.total_steps - max(1, round(self.decay_share * self.total_steps)))
 
     @property
     def shape(self) -> str:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from clm_owt.errors import InputError
 from clm_owt.formatting import text_table
-from clm_owt.program import output_file, run_script
+from clm_owt.program import number, picture_file, run_script
+from clm_owt.recipe import SEED, above, at_least, fraction
 from clm_owt.reports.overview import find_runs
 from clm_owt.reports.panels import by_difference
 from clm_owt.reports.record import RunRecord
@@ -72,38 +73,42 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="text files, each one document")
     what.add_argument("--recipe", metavar="FILE", help="the validation set of this recipe (also a run's recipe.yaml)")
     what.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness (extra [eval])")
-    parser.add_argument("--stride", type=int, help="predict so many tokens of each window, the others are context")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows, prompts, or requests, at a time")
+    parser.add_argument(
+        "--stride", type=number(int, at_least(1)), help="predict so many tokens of each window, the others are context"
+    )
+    parser.add_argument(
+        "--batch_size", type=number(int, at_least(1)), default=8, help="windows, prompts, or requests, at a time"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON alone: an object, of several models a list")
     more = parser.add_argument_group("calibration and generation, on --text or --recipe")
     more.add_argument("--calibration", action="store_true", help="expected calibration errors")
-    more.add_argument("--output", type=output_file, metavar="PNG", help="draw the reliability diagram")
+    more.add_argument("--output", type=picture_file(".png"), metavar="PNG", help="draw the reliability diagram")
     more.add_argument("--generation", action="store_true", help="entropy and repetition of text that it writes")
-    more.add_argument("--prompts", type=int, default=128, help="how many are cut from the text [128]")
-    more.add_argument("--prompt_tokens", type=int, default=32, help="tokens of a prompt [32]")
-    more.add_argument("--new_tokens", type=int, default=96, help="tokens that are written after it [96]")
-    more.add_argument("--top_p", type=float, default=1.0, help="nucleus to sample from [1: all tokens]")
-    more.add_argument("--seed", type=int, default=0, help="of sampling [0]")
+    more.add_argument(
+        "--prompts", type=number(int, at_least(1)), default=128, help="how many are cut from the text [128]"
+    )
+    more.add_argument("--prompt_tokens", type=number(int, at_least(1)), default=32, help="tokens of a prompt [32]")
+    more.add_argument(
+        "--new_tokens", type=number(int, at_least(1)), default=96, help="tokens that are written after it [96]"
+    )
+    more.add_argument(
+        "--top_p", type=number(float, fraction("(", "]")), default=1.0, help="nucleus to sample from [1: all tokens]"
+    )
+    more.add_argument("--seed", type=number(int, SEED), default=0, help="of sampling [0]")
     control = more.add_mutually_exclusive_group()
-    control.add_argument("--temperature", type=float, help="divide the model's logits by it [1]")
-    control.add_argument("--entropy", type=float, metavar="NATS", help="by what gives this mean entropy on the text")
+    control.add_argument("--temperature", type=number(float, above(0)), help="divide the model's logits by it [1]")
+    control.add_argument(
+        "--entropy", type=number(float, above(0)), metavar="NATS", help="by what gives this mean entropy on the text"
+    )
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("--task_folder", type=Path, help="task definitions (YAML) of your own, beside the built-in")
-    tasks.add_argument("--limit", type=int, help="examples of each task; default: all")
+    tasks.add_argument("--limit", type=number(int, at_least(1)), help="examples of each task; default: all")
     options = parser.parse_args(argv)
     check_options(options, parser.error)
     return options
 
 
 def check_options(options: argparse.Namespace, error: Callable[[str], None]) -> None:
-    for name in ("stride", "batch_size", "prompts", "prompt_tokens", "new_tokens", "limit"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            error(f"--{name}: {value} does not work; expected at least 1")
-    if not 0 < options.top_p <= 1:
-        error(f"--top_p: {options.top_p} does not work; expected more than 0 and at most 1")
-    if options.temperature is not None and not options.temperature > 0:
-        error(f"--temperature: {options.temperature} does not work; expected more than 0")
     measured = options.calibration or options.generation
     if measured and options.tasks:
         error("--calibration and --generation are of a text; give --recipe or --text instead of --tasks")
@@ -111,8 +116,6 @@ def check_options(options: argparse.Namespace, error: Callable[[str], None]) -> 
         error("--temperature and --entropy: nothing depends on them; give --calibration, --generation or both")
     if options.output and not options.calibration:
         error("--output: the diagram is of --calibration, which is not asked for")
-    if options.output and options.output.suffix != ".png":
-        error(f"--output: {options.output} does not work; expected a name that ends in .png")
 
 
 def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 
 from clm_owt.errors import InputError
-from clm_owt.program import run_script
-from clm_owt.recipe import DEFAULT_PROMPTS
+from clm_owt.program import number, run_script
+from clm_owt.recipe import DEFAULT_PROMPTS, SEED, above, at_least, fraction
 
 MODEL_HELP = "a run's folder, one of its checkpoints, a folder with a model, or a Hub id"
 
@@ -25,33 +25,32 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--revision", help="branch, tag or commit on the Hub, such as step-00002000")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts_file", type=Path, help="a prompt a line")
-    parser.add_argument("--count", type=int, default=1, help="continuations of each prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=100)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_p", type=float, default=0.9, help="nucleus; 1 leaves all tokens")
-    parser.add_argument("--top_k", type=int, default=0, help="the k likeliest tokens only; 0 leaves all")
-    parser.add_argument("--seed", type=int, default=42, help="of the first continuation; the next ones count on")
+    parser.add_argument("--count", type=number(int, at_least(1)), default=1, help="continuations of each prompt")
+    parser.add_argument("--max_new_tokens", type=number(int, at_least(1)), default=100)
+    parser.add_argument("--temperature", type=number(float, above(0)), default=1.0)
+    parser.add_argument(
+        "--top_p", type=number(float, fraction("(", "]")), default=0.9, help="nucleus; 1 leaves all tokens"
+    )
+    parser.add_argument(
+        "--top_k", type=number(int, at_least(0)), default=0, help="the k likeliest tokens only; 0 leaves all"
+    )
+    parser.add_argument(
+        "--seed", type=number(int, SEED), default=42, help="of the first continuation; the next ones count on"
+    )
     parser.add_argument("--json", action="store_true", help="a JSON object a line: prompt, text, seed")
-    options = parser.parse_args(argv)
-    for name, holds, expected in (
-        ("count", options.count >= 1, "at least 1"),
-        ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
-        ("temperature", options.temperature > 0, "greater than 0"),
-        ("top_p", 0 < options.top_p <= 1, "in (0, 1]"),
-        ("top_k", options.top_k >= 0, "at least 0"),
-    ):
-        if not holds:
-            parser.error(f"--{name}: {getattr(options, name)} does not work; expected {expected}")
-    return options
+    return parser.parse_args(argv)
 
 
 def sample_all(options: argparse.Namespace) -> None:
     prompts = list(options.prompt)
     if options.prompts_file is not None:
         try:
-            prompts += options.prompts_file.read_text(encoding="utf-8").splitlines()
+            lines = options.prompts_file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--prompts_file: {options.prompts_file} cannot be read: {error}") from error
+        if not lines:
+            raise InputError(f"--prompts_file: {options.prompts_file} is empty; expected a prompt a line")
+        prompts += lines
 
     # Imported here, so that a wrong option is reported without waiting for torch.
     import transformers

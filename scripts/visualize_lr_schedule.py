@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clm_owt.errors import InputError
-from clm_owt.files import replacing
-from clm_owt.program import output_file, run_script
+from clm_owt.program import number, picture_file, run_script
+from clm_owt.recipe import above, at_least, fraction
 from clm_owt.recipe_reader import load_recipe
+from clm_owt.reports.figures import save_figure
 from clm_owt.reports.panels import COLORS
 from clm_owt.schedule import SCHEDULES, Schedule
 
@@ -118,13 +119,15 @@ def read_arguments(argv: list[str]) -> tuple[list[Curve], Path | None]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--recipe", nargs="+", default=[], help="recipes whose schedules to draw")
-    parser.add_argument("--max_lr", type=float, help="peak learning rate")
-    parser.add_argument("--warmup_steps", type=int)
-    parser.add_argument("--total_steps", type=int)
-    parser.add_argument("--min_lr_ratio", type=float, default=0.1, help="floor as a share of the peak (default: 0.1)")
+    parser.add_argument("--max_lr", type=number(float, above(0)), help="peak learning rate")
+    parser.add_argument("--warmup_steps", type=number(int, at_least(0)))
+    parser.add_argument("--total_steps", type=number(int, at_least(1)))
+    floor = number(float, fraction("[", "]"))
+    parser.add_argument("--min_lr_ratio", type=floor, default=0.1, help="floor as a share of the peak (default: 0.1)")
     parser.add_argument("--lr_schedule", choices=SCHEDULES, default="cosine", help="default: cosine")
-    parser.add_argument("--decay_share", type=float, default=0.2, help="of wsd (default: 0.2)")
-    parser.add_argument("--output", type=output_file, help="a picture to draw them in; default: none")
+    share = number(float, fraction("(", "]"))
+    parser.add_argument("--decay_share", type=share, default=0.2, help="of wsd (default: 0.2)")
+    parser.add_argument("--output", type=picture_file(".png", ".svg"), help="a picture to draw them in; default: none")
     options = parser.parse_args(argv)
     schedules = [from_recipe(path) for path in options.recipe]
     numbers = {name: getattr(options, name) for name in ("max_lr", "warmup_steps", "total_steps")}
@@ -134,8 +137,6 @@ def read_arguments(argv: list[str]) -> tuple[list[Curve], Path | None]:
             f"{', '.join(missing)}: missing; give --max_lr, --warmup_steps and --total_steps, or --recipe"
         )
     if not missing:
-        if options.total_steps < 1 or options.warmup_steps < 0 or options.max_lr <= 0:
-            raise InputError("--total_steps: expected at least 1, --warmup_steps at least 0, --max_lr above 0")
         name = f"{options.max_lr:g}, {options.warmup_steps:,} of {options.total_steps:,} steps"
         schedules.append(
             Curve(
@@ -168,8 +169,7 @@ def main(argv: list[str]) -> None:
     for schedule in schedules:
         print(*schedule.summary(), *schedule.terminal_curve(), "", sep="\n")
     if output:
-        with replacing(output) as aside:
-            draw(schedules).savefig(aside, dpi=150, format=output.suffix[1:] or "png")
+        save_figure(draw(schedules), output, dpi=150)
         print(f"Drawn in {output}")
 
 

@@ -1,6 +1,7 @@
 """How the programs end when their user does not wait for the end, or asks for what cannot be."""
 
 import argparse
+import importlib
 import os
 import signal
 import subprocess
@@ -77,3 +78,34 @@ def test_the_folder_of_an_output_must_be_there(tmp_path):
         output_file(str(tmp_path / "missing/a.png"))
     with pytest.raises(argparse.ArgumentTypeError, match="is a folder; expected the name of a file"):
         output_file(str(tmp_path))
+
+
+SCHEDULE = ["--max_lr", "1", "--warmup_steps", "1", "--total_steps", "10"]
+EVALUATION = ["--model", "x", "--text", "a.txt", "--generation"]
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        *(("visualize_lr_schedule", [*SCHEDULE, name, value], f"{name}: '{value}' does not work; expected a number")
+          for name, value in (("--max_lr", "nan"), ("--max_lr", "inf"), ("--max_lr", "0"), ("--min_lr_ratio", "5"),
+                              ("--min_lr_ratio", "nan"), ("--decay_share", "0"), ("--decay_share", "7"))),
+        ("visualize_lr_schedule", [*SCHEDULE, "--total_steps", "0"], "--total_steps: '0' does not work"),
+        ("visualize_lr_schedule", [*SCHEDULE, "--output", "x.xyz"], "expected a name that ends in .png or .svg"),
+        ("estimate", ["--processes", "0"], "--processes: '0' does not work; expected a whole number at least 1"),
+        ("estimate", ["--vocab_size", "-5"], "--vocab_size: '-5' does not work; expected a whole number at least 1"),
+        ("study", ["x", "--vocab_size", "-4"], "--vocab_size: '-4' does not work; expected a whole number at least 1"),
+        ("study", ["x", "--price", "nan"], "--price: 'nan' does not work; expected a number at least 0"),
+        ("study", ["x", "--price=-3"], "--price: '-3' does not work; expected a number at least 0"),
+        ("study", ["x", "--new_tokens", "3"], "--new_tokens: '3' does not work; expected a whole number at least 4"),
+        ("sample", ["--model", "x", "--seed", "9" * 23], "does not work; expected a whole number in [0, 2**32)"),
+        ("sample", ["--model", "x", "--temperature", "inf"], "--temperature: 'inf' does not work"),
+        ("sample", ["--model", "x", "--count", "1.5"], "--count: '1.5' does not work"),
+        ("evaluate_model", [*EVALUATION, "--seed", "9" * 23], "does not work; expected a whole number in [0, 2**32)"),
+        ("evaluate_model", [*EVALUATION, "--temperature", "inf"], "--temperature: 'inf' does not work"),
+    ],
+)  # fmt: skip
+def test_an_option_of_a_script_that_cannot_be_ends_with_a_line_and_2(script, options, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        importlib.import_module(script).main(options)
+    assert left.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]

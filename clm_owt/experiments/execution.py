@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from clm_owt.errors import InputError
+
 T = TypeVar("T")
 
 POLL_SECONDS = 0.1
@@ -25,10 +27,13 @@ SECONDS_FOR_A_SAVE = 600.0
 
 class Places:
     """Where commands run side by side, one at a time on each: GPUs by their names, as in "0,1"; of none, all there is
-    is one place, whose name is None."""
+    is one place, whose name is None. Raises InputError for what names no GPU, or one of them twice."""
 
     def __init__(self, gpus: str = ""):
-        self.names: list[str | None] = list(gpus.split(",")) if gpus else [None]
+        names = [name.strip() for name in gpus.split(",")] if gpus else []
+        if not all(re.fullmatch(r"\d+|(GPU|MIG)-\S+", name) for name in names) or len(set(names)) < len(names):
+            raise InputError(f"--gpus: {gpus!r} does not work; expected numbers or UUIDs, each once, as in 0,1,2,3")
+        self.names: list[str | None] = [*names] or [None]
         self._free: queue.Queue[str | None] = queue.Queue()
         for name in self.names:
             self._free.put(name)

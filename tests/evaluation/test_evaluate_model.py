@@ -138,11 +138,14 @@ def test_the_runs_of_a_folder_are_compared_by_what_they_differ_in(trained, scrip
     [
         (["--tasks", "piqa", "--calibration"], "--calibration and --generation are of a text"),
         (["--text", "a.txt", "--temperature", 0.5], "--temperature and --entropy: nothing depends on them"),
-        (["--text", "a.txt", "--calibration", "--temperature", 0], "--temperature: 0.0 does not work"),
-        (["--text", "a.txt", "--generation", "--top_p", 0], "--top_p: 0.0 does not work"),
-        (["--text", "a.txt", "--generation", "--prompts", 0], "--prompts: 0 does not work; expected at least 1"),
+        (["--text", "a.txt", "--calibration", "--temperature", 0], "--temperature: '0' does not work"),
+        (["--text", "a.txt", "--generation", "--top_p", 0], "--top_p: '0' does not work"),
+        (
+            ["--text", "a.txt", "--generation", "--prompts", 0],
+            "--prompts: '0' does not work; expected a whole number at least 1",
+        ),
         (["--text", "a.txt", "--output", "a.png"], "--output: the diagram is of --calibration"),
-        (["--text", "a.txt", "--calibration", "--output", "a.svg"], "--output: a.svg does not work"),
+        (["--text", "a.txt", "--calibration", "--output", "a.svg"], "--output: 'a.svg' does not work"),
         (["--text", "a.txt", "--calibration", "--entropy", 9], "--entropy: a mean entropy of 9 nats: no temperature"),
         (["--text", "a.txt", "--generation"], "128 prompts with their continuations, 128 tokens together: the text"),
         (["--text", "a.txt", "--generation", "--prompts", 1, "--prompt_tokens", 2, "--new_tokens", 3], "3 new tokens"),
@@ -167,6 +170,7 @@ def test_a_folder_of_runs_without_a_model_is_an_error(script, tmp_path):
     [
         ("evaluate_model.py", ["--model", "nowhere/at/all", "--text", "a.txt"], "--model nowhere/at/all"),
         ("sample.py", ["--model", "."], "--model .: "),
+        ("sample.py", ["--model", ".", "--prompts_file", "/dev/null"], "--prompts_file: /dev/null is empty"),
     ],
 )
 def test_a_model_that_is_not_there_is_an_error_of_a_line_or_two(script, name, arguments, expected):

@@ -5,7 +5,8 @@ import threading
 
 import pytest
 
-from clm_owt.experiments.execution import error_in, execute
+from clm_owt.errors import InputError
+from clm_owt.experiments.execution import Places, error_in, execute
 
 LAUNCHERS = """\
 Traceback (most recent call last):
@@ -51,3 +52,20 @@ def test_an_interrupted_program_does_not_wait_for_it(tmp_path):
         threading.Timer(0.2, interrupted.set).start()
         assert execute(["echo", "second"], log, {}, interrupted) == 128 + signal.SIGTERM
     assert log.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "names"),
+    [
+        ("", [None]),
+        ("0,1", ["0", "1"]),
+        (" 2, GPU-8f1c", ["2", "GPU-8f1c"]),
+        *((g, None) for g in ("0,", ",", "0,0", "0 1")),
+    ],
+)
+def test_each_place_is_a_gpu_of_its_own(gpus, names):
+    if names is not None:
+        assert Places(gpus).names == names
+    else:
+        with pytest.raises(InputError, match=f"--gpus: '{gpus}' does not work"):
+            Places(gpus)

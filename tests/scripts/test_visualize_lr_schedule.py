@@ -31,3 +31,20 @@ def test_the_picture_has_the_numbers_in_its_legend_and_room_above_the_highest_ra
 def test_what_is_missing_is_named():
     with pytest.raises(InputError, match="--total_steps: missing"):
         visualize_lr_schedule.main(["--max_lr", "1e-3", "--warmup_steps", "5"])
+
+
+def test_a_decay_of_less_than_a_step_takes_one():
+    few = [
+        "--warmup_steps",
+        "1",
+        "--total_steps",
+        "10",
+        "--max_lr",
+        "1",
+        "--lr_schedule",
+        "wsd",
+        "--decay_share",
+        "1e-3",
+    ]
+    (curve,), _ = visualize_lr_schedule.read_arguments(few)
+    assert [curve.rate(step) for step in (1, 9, 10)] == [1, 1, 0.1]

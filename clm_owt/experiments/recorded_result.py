@@ -150,11 +150,47 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise InputError(f"there is no record {folder.name} in {folder.parent}; there are: {there}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("settings"), list):
-        raise InputError(f"{path} is no record: expected what `scripts/record.py add` writes")
+    if lacking := lacking_in(content, RECORD_SHAPE):
+        raise InputError(
+            f"{path} is no record, {lacking} is missing or of another kind; expected what `scripts/record.py add` "
+            "writes; restore the file, or record the runs again with --replace"
+        )
     return content
+
+
+# What is read of a record.yaml: of a mapping its keys, of a list, which is not empty, what each of its entries is.
+RECORD_SHAPE = {
+    "claim": str,
+    "table": str | None,
+    "settings": [
+        {
+            "name": str,
+            "config_file": str,
+            "loss": float,
+            "standard_deviation": float | None,
+            "runs": [{"run": str, "seed": int, "loss": float, "step": int}],
+        }
+    ],
+    "environment": {"machine": {"threads": int}, "token_store": str},
+}
+
+
+def lacking_in(content: Any, shape: Any, name: str = "all of it") -> str | None:
+    """The name of the first part that is not of its shape, as `settings[0].runs`; None where all are."""
+    if isinstance(shape, dict):
+        if not isinstance(content, dict):
+            return name
+        prefix = "" if name == "all of it" else f"{name}."
+        parts = [(content.get(key), inner, f"{prefix}{key}") for key, inner in shape.items()]
+    elif isinstance(shape, list):
+        if not isinstance(content, list) or not content:
+            return name
+        parts = [(entry, shape[0], f"{name}[{i}]") for i, entry in enumerate(content)]
+    else:
+        return None if isinstance(content, shape) else name
+    return next(filter(None, (lacking_in(*part) for part in parts)), None)
 
 
 def record_folders(folder: Path) -> list[Path]:

@@ -168,6 +168,27 @@ def test_nothing_but_a_record_is_ever_replaced(tmp_path, name, message):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("text", "lacking"),
+    [
+        ("settings: []", "claim is missing"),
+        ("claim: x\ntable: null\nsettings: []", "settings is missing"),
+        ("claim: x\ntable: null\nsettings: [{}]", r"settings\[0\]\.name is missing"),
+        ("claim: x\ntable: null\nsettings: [a]", r"settings\[0\] is missing"),
+        ("[a]", "all of it is missing"),
+        ("[" * 3000, "cannot be read"),
+        (None, "environment is missing"),
+    ],
+)
+def test_a_damaged_record_is_named_with_what_it_lacks(tmp_path, text, lacking):
+    record = add(tmp_path, "first", [write_run(tmp_path / "a", 4.0)])
+    del record["environment"]
+    (tmp_path / "records/first/record.yaml").write_text(yaml.safe_dump(record) if text is None else text)
+    for command in (["reproduce", "first"], ["board"]):
+        with pytest.raises(InputError, match=rf"records/first/record\.yaml .*{lacking}"):
+            main([*command, "--folder", str(tmp_path / "records")])
+
+
 def test_a_branch_is_recorded_where_its_recipe_gives_the_same_run_without_a_trunk(tmp_path):
     trunk = write_run(tmp_path / "trunk", 4.0, "--lr_schedule", "wsd")
     (checkpoint := trunk / "checkpoints/step-00000175").mkdir(parents=True)

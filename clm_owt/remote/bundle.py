@@ -17,11 +17,11 @@ from pathlib import Path
 from clm_owt.files import replacing_folder
 from clm_owt.state import TrainState
 from clm_owt.tracking.run_log import cut_back_metrics, cut_back_samples
-from clm_owt.training.checkpoint import MARKER, find_corruption, fingerprint
+from clm_owt.training.checkpoint import MARKER, NAME, checkpoints, find_corruption, fingerprint
 
 RUN_FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "samples.md")
 # What a listing from elsewhere may name: nothing that would lead out of a folder.
-NAMES = re.compile(rf"({'|'.join(map(re.escape, RUN_FILES))}|checkpoints/step-\d{{8}}/[a-z_]+\.[a-z]+)", re.ASCII)
+NAMES = re.compile(rf"({'|'.join(map(re.escape, RUN_FILES))}|checkpoints/{NAME.pattern}/[a-z_]+\.[a-z]+)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Listing:
         try:
             found = json.loads(content)
             listing = cls(int(found["step"]), dict(found["files"]))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{MARKER} lacks step or files") from error
         for name, entry in listing.files.items():
             if not (NAMES.fullmatch(name) and isinstance(entry, dict) and isinstance(entry.get("bytes"), int)):
@@ -84,7 +84,7 @@ def find_damage(bundle: Path) -> str | None:
         Listing.read((bundle / MARKER).read_bytes())
     except (OSError, ValueError) as error:
         return f"{MARKER} is missing or unreadable ({error})"
-    if not list(bundle.glob(f"checkpoints/step-*/{MARKER}")):
+    if not any((checkpoint / MARKER).is_file() for checkpoint in checkpoints(bundle / "checkpoints")):
         return "it holds no checkpoint"
     return find_corruption(bundle)
 

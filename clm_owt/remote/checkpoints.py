@@ -18,7 +18,7 @@ from clm_owt.formatting import format_bytes
 from clm_owt.recipe import Recipe
 from clm_owt.remote.bundle import Listing, find_damage, install, stage
 from clm_owt.remote.places import HubPlace, Mirror, Place, RemoteBundle
-from clm_owt.training.checkpoint import MARKER, checkpoints, find_corruption
+from clm_owt.training.checkpoint import MARKER, checkpoints, find_corruption, step_named
 from clm_owt.training.run_folder import differences, is_complete, plan_of_same_run
 from clm_owt.upload_queue import UploadQueue
 
@@ -126,7 +126,7 @@ def try_repeatedly(place: Place, action: Callable[[], T], what: str) -> T:
 def newest_step(run: Path) -> int:
     """The step of the newest whole checkpoint in a run's folder; -1 where there is none."""
     whole = (folder for folder in checkpoints(run / "checkpoints") if find_corruption(folder) is None)
-    return next((int(folder.name.removeprefix("step-")) for folder in whole), -1)
+    return next(map(step_named, whole), -1)
 
 
 class Damaged(OSError):

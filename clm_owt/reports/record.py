@@ -17,6 +17,10 @@ Row = dict[str, Any]
 
 SPLITS = ("train", "validation", "tasks")  # of the rows of metrics.jsonl
 
+# The heading of a round in samples.md, and what is not to be taken for one.
+ROUND = re.compile(r"^## Step (\d{1,12})\n", re.MULTILINE | re.ASCII)
+LIKE_ROUND = re.compile(r"^## Step ", re.MULTILINE)
+
 # The fields of a row that are about time and machine: two runs of one recipe agree in all others.
 TIMING_FIELDS = ("tokens_per_second", "mfu", "step_seconds", "data_seconds", "elapsed_seconds")
 
@@ -64,7 +68,7 @@ def _read_mapping(path: Path, parse: Callable[[str], Any]) -> FileContent:
         content = parse(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{path.parent} is no run's folder: it has no {path.name}") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} cannot be read: expected names and values")
@@ -72,13 +76,24 @@ def _read_mapping(path: Path, parse: Callable[[str], Any]) -> FileContent:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; a torn last line, from a kill during its writing, is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                rows.append(json.loads(line))
-    return rows
+    """The rows of a metrics.jsonl; a torn last line, from a kill during its writing, is left out. Raises InputError
+    for a line that is no row."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [_parse_row(path, i, line) for i, line in enumerate(lines, start=1) if line.endswith(b"\n")]
+
+
+def _parse_row(path: Path, number: int, line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+        if isinstance(row["step"], int) and row["split"] in SPLITS:
+            return row
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    found = line.decode("utf-8", errors="replace").strip()[:60]
+    raise InputError(
+        f"{path}, line {number}: expected a row in JSON with step and split ({', '.join(SPLITS)}), found {found!r}; "
+        "mend or remove the line, or move the file away: the run goes on without its earlier rows"
+    )
 
 
 def split_rows(rows: Iterable[Row]) -> tuple[list[Row], list[Row], list[Row]]:
@@ -94,10 +109,28 @@ def task_metrics(row: Row) -> list[tuple[str, float]]:
     return [(name, value) for name, value in row.items() if "/" in name]
 
 
+def samples_text(path: Path) -> str:
+    """A samples.md as it is: a continuation may hold a carriage return, which reading as text would change. Raises
+    InputError for what is no text."""
+    try:
+        return path.read_bytes().decode("utf-8") if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} cannot be read: {error}; restore it from a copy, or move it away: the run goes on without its "
+            "earlier samples"
+        ) from error
+
+
+def samples_round(step: int, samples: Iterable[tuple[str, str]]) -> str:
+    """A round of a samples.md: pairs of a prompt and its continuation. A line of theirs that looks like the heading of
+    a round gets a backslash before it, as Markdown has it."""
+    text = "".join(f"**{prompt}**{continuation}\n\n" for prompt, continuation in samples)
+    return f"## Step {step}\n\n" + LIKE_ROUND.sub(r"\\\g<0>", text)
+
+
 def read_samples(path: Path) -> dict[int, str]:
     """The rounds of a samples.md, as Markdown, by step."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    rounds = re.split(r"^## Step (\d+)\n", text, flags=re.MULTILINE)[1:]
+    rounds = ROUND.split(samples_text(path))[1:]
     return {int(step): content.strip() for step, content in zip(rounds[::2], rounds[1::2], strict=True)}
 
 

@@ -19,7 +19,7 @@ from clm_owt.files import write_text
 from clm_owt.formatting import format_bytes, format_clock
 from clm_owt.recipe import Recipe
 from clm_owt.reports.curves import Curves
-from clm_owt.reports.record import last_steps, read_plan
+from clm_owt.reports.record import ROUND, last_steps, read_plan, samples_round, samples_text
 from clm_owt.state import TrainState
 from clm_owt.tracking.append_only_file import AppendOnlyFile
 from clm_owt.tracking.trackers import Trackers
@@ -119,7 +119,7 @@ class RunLog:
         if not self._is_main:
             return
         pairs = list(zip(prompts, continuations, strict=True))
-        self._samples.write("".join([f"## Step {step}\n\n", *(f"**{prompt}**{text}\n\n" for prompt, text in pairs)]))
+        self._samples.write(samples_round(step, pairs))
         for prompt, text in pairs:
             self.say(textwrap.shorten(f"  sample: {prompt}{text}", width=160, placeholder=" ..."))
         self._trackers.samples(step, prompts, continuations)
@@ -184,10 +184,7 @@ def cut_back_samples(path: Path, state: TrainState) -> None:
     """Drop the rounds of samples.md that lie after `state`."""
     if not path.exists():
         return
-    kept = []
-    # As it is: a continuation may hold a carriage return, which reading as text would change.
-    for line in path.read_bytes().decode("utf-8").splitlines(keepends=True):
-        if line.startswith("## Step ") and (not line.endswith("\n") or int(line.split()[2]) > state.sampled_step):
-            break
-        kept.append(line)
-    write_text(path, "".join(kept))
+    text = samples_text(path)
+    text = text[: text.rfind("\n") + 1]  # without a line that a kill cut off
+    later = (heading.start() for heading in ROUND.finditer(text) if int(heading[1]) > state.sampled_step)
+    write_text(path, text[: next(later, None)])

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +36,10 @@ from clm_owt.training.processes import Processes, full_tensor
 MARKER = "complete.json"
 
 LEAVING = ".old" + PARTIAL
+
+# The names that this program gives below `checkpoints/`. What has another name is the user's.
+NAME = re.compile(r"step-(\d{8,})", re.ASCII)
+LEFTOVER = re.compile(rf"{NAME.pattern}({re.escape(PARTIAL)}|{re.escape(LEAVING)})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -237,7 +242,7 @@ def prune(folder: Path, total_limit: int) -> None:
     for old in everything[total_limit:]:
         if old != best:
             remove(old)
-    for leftover in folder.glob(f"step-*{PARTIAL}"):
+    for leftover in folders_named(folder, LEFTOVER):
         shutil.rmtree(leftover)
 
 
@@ -253,14 +258,25 @@ def validation(checkpoint: Path) -> tuple[float, int]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints below `folder`, newest first, complete or not."""
-    return sorted((p for p in folder.glob("step-*") if not p.name.endswith(PARTIAL)), reverse=True)
+    return sorted(folders_named(folder, NAME), key=step_named, reverse=True)
+
+
+def step_named(checkpoint: Path) -> int:
+    """The step in the name of one of `checkpoints`."""
+    return int(NAME.fullmatch(checkpoint.name)[1])
+
+
+def folders_named(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """The folders directly below `folder` whose whole name matches."""
+    return [path for path in folder.glob("step-*") if pattern.fullmatch(path.name) and path.is_dir()]
 
 
 def set_aside_newer(folder: Path, checkpoint: Path) -> None:
     """Take their names from the checkpoints below `folder` that are newer than the one a run continues from: they are
     damaged, or of a course that is left. They stay until the next save is complete."""
+    step = json.loads((checkpoint / "state.json").read_text())["step"]  # its name may be a user's
     for newer in checkpoints(folder):
-        if newer.name > checkpoint.name:
+        if step_named(newer) > step:
             aside = newer.with_name(newer.name + PARTIAL)
             shutil.rmtree(aside, ignore_errors=True)
             newer.rename(aside)
@@ -269,9 +285,11 @@ def set_aside_newer(folder: Path, checkpoint: Path) -> None:
 def find_corruption(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None if it is complete and unaltered."""
     try:
-        listing = json.loads((checkpoint / MARKER).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        listing = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{MARKER} is missing or unreadable"
+    if not (isinstance(listing, dict) and listing and all(isinstance(entry, dict) for entry in listing.values())):
+        return f"{MARKER} lists no files"
     for name, expected in listing.items():
         file = checkpoint / name
         if not file.is_file():

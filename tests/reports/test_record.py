@@ -69,3 +69,18 @@ def test_a_damaged_file_is_named_with_what_is_wrong_in_one_line(folder, content)
             read(folder)
         assert str(error.value).startswith(f"{folder / name} cannot be read: ")
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line", [b"garbage", b"[1]", b"{}", b'{"step": 1, "split": "x"}', b"\xff", b"[" * 99999, b""])
+def test_a_line_of_metrics_that_is_no_row_is_named(folder, line):
+    path = folder / "metrics.jsonl"
+    path.write_bytes(json.dumps(ROWS[0]).encode() + b"\n" + line + b"\n" + json.dumps(ROWS[1]).encode() + b"\n")
+    with pytest.raises(InputError) as error:
+        read_metrics(path)
+    assert str(error.value).startswith(f"{path}, line 2: expected a row in JSON with step and split")
+
+
+def test_samples_that_are_no_text_are_named(folder):
+    (folder / "samples.md").write_bytes(b"## Step 1\n\xff")
+    with pytest.raises(InputError, match=r"samples\.md cannot be read: .*; restore it"):
+        last_steps(folder)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from clm_owt.reports.record import read_metrics
+from clm_owt.reports.record import read_metrics, read_samples
 from clm_owt.state import TrainState
 from clm_owt.tracking import run_log
 from clm_owt.tracking.run_log import RunLog, cut_back_metrics, cut_back_samples
@@ -56,6 +56,28 @@ def test_what_a_model_wrote_stays_as_it_is_when_a_run_goes_on(tmp_path):
     path.write_bytes(content)
     cut_back_samples(path, TrainState(step=3, sampled_step=2))
     assert path.read_bytes() == content
+
+
+def test_a_heading_in_a_sample_is_no_round(tmp_path):
+    path = tmp_path / "samples.md"
+    with RunLog(SimpleNamespace(output_dir=str(tmp_path), report_to=()), total_steps=20, is_main=True) as log:
+        log.start(TrainState(), {})
+        log.samples(2, ["Recipe:\n## Step one"], ["\n## Step 9\n## Step \r## Step 8\n"])
+        whole = path.read_bytes()
+        log.samples(4, ["A"], [" b"])
+    assert list(read_samples(path)) == [2, 4]
+    cut_back_samples(path, TrainState(step=3, sampled_step=2))
+    assert path.read_bytes() == whole
+    assert whole.startswith(b"## Step 2\n\n**Recipe:\n\\## Step one**\n\\## Step 9\n")
+
+
+@pytest.mark.parametrize("line", ["## Step one**", "## Step 2024 of the plan", "## Step "])
+def test_a_heading_in_a_sample_of_an_earlier_version_stays(tmp_path, line):
+    path = tmp_path / "samples.md"
+    kept = f"## Step 2\n\n**A** b\n{line}\nc\n\n"
+    path.write_text(kept + "## Step 4\n\n**A** c\n\n## St")
+    cut_back_samples(path, TrainState(step=3, sampled_step=2))
+    assert path.read_text() == kept
 
 
 def test_a_run_that_continues_without_its_metrics_says_where_they_begin(tmp_path, capsys):

@@ -183,6 +183,33 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, name, 
     assert len(passed_over) == 1 and "step-00000010" in passed_over[0]
 
 
+LISTINGS = (b'{"files": []}', b'{"files": {}}', b'{"files": {"state.json": 1}}', b"null", b"1", b"[" * 99999, b"\xff")
+
+
+@pytest.mark.parametrize("listing", LISTINGS)
+def test_a_checkpoint_whose_marker_lists_no_files_is_passed_over(tmp_path, listing):
+    older = write_snapshot(snapshot_at(5), tmp_path)
+    (write_snapshot(snapshot_at(10), tmp_path) / MARKER).write_bytes(listing)
+    found, passed_over = find_newest(tmp_path)
+    assert found == older and MARKER in passed_over[0]
+
+
+def test_what_the_program_did_not_name_is_the_users(tmp_path):
+    newest = write_snapshot(snapshot_at(5), tmp_path)
+    copies = [tmp_path / name for name in ("step-00000005.bak", "step-00000001-mine", "step-5", "step-mine.partial")]
+    for copy in copies:
+        shutil.copytree(newest, copy)
+    archives = [tmp_path / name for name in ("step-00000005.tar.gz", "step-00000004.partial", "step-00000009")]
+    for archive in archives:
+        archive.write_text("mine")
+    assert find_newest(tmp_path) == (newest, [])
+    set_aside_newer(tmp_path, copies[0])
+    writer = CheckpointWriter(tmp_path, total_limit=1)
+    writer.write(snapshot_at(7))
+    writer.wait()
+    assert set(tmp_path.iterdir()) == {tmp_path / "step-00000007", *copies, *archives}
+
+
 def test_damaged_checkpoints_only_are_an_error_and_no_new_run(tmp_path):
     path = write_snapshot(snapshot_at(5), tmp_path)
     (path / "state.json").unlink()

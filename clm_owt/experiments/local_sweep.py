@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from clm_owt.errors import InputError
 from clm_owt.experiments.execution import Places, execute, print_error, size_of
-from clm_owt.experiments.sweep_file import Sweep, SweptRun, distribution, plan_run, run_command
+from clm_owt.experiments.sweep_file import Sweep, SweptRun, distribution, plan_run, run_command, to_arguments
 from clm_owt.formatting import format_clock, format_duration
 
 
@@ -132,10 +133,30 @@ def open_study(sweep: Sweep, folder: Path):
         direction="minimize",
         load_if_exists=True,
     )
+    check_same_search(sweep, study, folder)
     # A continued search must not draw again what it has drawn.
     sampler = {"random": optuna.samplers.RandomSampler, "bayes": optuna.samplers.TPESampler}[sweep.method]
     study.sampler = sampler(seed=42 + len(study.trials))
     return study
+
+
+def check_same_search(sweep: Sweep, study, folder: Path) -> None:
+    """Raises InputError where the trials of a continued search were of other settings: they cannot be compared."""
+    from optuna.distributions import check_distribution_compatibility
+
+    fixed = to_arguments(sweep.fixed)
+    begun_with = study.user_attrs.get("fixed", fixed)
+    different = [f"it was begun with {' '.join(begun_with)}"] if begun_with != fixed else []
+    for name, before in [pair for trial in study.trials for pair in trial.distributions.items()]:
+        try:
+            check_distribution_compatibility(before, distribution(name, sweep.searched[name]))
+        except (KeyError, ValueError):
+            different.append(f"{name} was searched in {before}")
+    if different:
+        raise InputError(
+            f"{folder}: another search of this name: {different[0]}; rename the sweep file, or remove the folder"
+        )
+    study.set_user_attr("fixed", fixed)
 
 
 def describe_loss(run: SweptRun) -> str:

@@ -69,7 +69,7 @@ def study_problems(sweep: Sweep) -> list[str]:
             "which the others are compared"
         )
     seeds = sweep.searched.get("seed", {}).get("values", [])
-    if len(set(seeds)) < 2:
+    if len(set(map(show, seeds))) < 2:
         problems.append(
             f"seed: {', '.join(map(show, seeds)) or 'no values'}; expected at least two `values`, better five: an "
             "interval is over pairs of runs with the same seed"

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from clm_owt.errors import InputError, RecipeError
+from clm_owt.formatting import format_value
 from clm_owt.recipe import Recipe, show
 from clm_owt.recipe_reader import StrictLoader, load_recipe
 from clm_owt.reports.record import Row, read_metrics, read_plan, split_rows
@@ -82,49 +83,96 @@ def describe_options(options: dict[str, Any]) -> str:
 
 
 def read_sweep(path: Path, run_cap: int | None = None) -> Sweep:
-    """Raises InputError with everything in the file that cannot be run here."""
+    """Raises InputError with everything in the file that cannot be run here. `run_cap` wins over the file's."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot be read as a sweep: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected W&B's sweep format, with program, method and parameters")
+    if run_cap is not None:
+        content["run_cap"] = run_cap
+    if problems := shape_problems(content) or search_problems(content):
+        raise InputError("\n".join(f"{path}: {problem}" for problem in problems))
+    parameters = content["parameters"]
+    early = content.get("early_terminate")
+    return Sweep(
+        name=path.stem,
+        method=content["method"],
+        fixed={name: p["value"] for name, p in parameters.items() if "value" in p and name != "report_to"},
+        searched={name: p for name, p in parameters.items() if "value" not in p},
+        command=content.get("command") or ["${env}", "${interpreter}", "${program}", "${args}"],
+        program=content.get("program") or "run_clm_owt.py",
+        run_cap=content.get("run_cap"),
+        first_pruned_validation=None if early is None else early.get("min_iter", 1),
+    )
+
+
+def shape_problems(content: dict[str, Any]) -> list[str]:
+    """What of a sweep file is not of the form that W&B's format gives it."""
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and value > 0
+
+    def is_words(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+    early = content.get("early_terminate")
+    expected = {
+        "parameters": (
+            lambda value: isinstance(value, dict),
+            "names, each with `value`, `values`, or `min` and `max`",
+        ),
+        "run_cap": (lambda value: value is None or is_count(value), "a whole number of at least 1"),
+        "early_terminate": (lambda value: value is None or isinstance(value, dict), "a `type` and a `min_iter`"),
+        "command": (lambda value: value is None or is_words(value), "a list of words"),
+        "program": (lambda value: value is None or isinstance(value, str), "the name of a file"),
+    }
+    problems = [
+        f"{name}: {format_value(content.get(name))} does not work; expected {text}"
+        for name, (is_right, text) in expected.items()
+        if not is_right(content.get(name))
+    ]
+    if isinstance(early, dict) and not is_count(early.get("min_iter", 1)):
+        problems.append(
+            f"early_terminate: min_iter: {early['min_iter']!r} does not work; expected a whole number of at least 1"
+        )
+    if problems:
+        return problems
+    for name, parameter in content["parameters"].items():
+        if not isinstance(parameter, dict):
+            value = format_value(parameter)
+            problems.append(f"{name}: {value} does not work; expected `value: {value}`, `values`, or `min` and `max`")
+        elif "values" in parameter and not (isinstance(parameter["values"], list) and parameter["values"]):
+            problems.append(
+                f"{name}: values: {format_value(parameter['values'])} does not work; expected a list of values"
+            )
+    return problems
+
+
+def search_problems(content: dict[str, Any]) -> list[str]:
+    """Why a sweep of the right form makes no runs here."""
     problems = []
-    method = content.get("method")
+    method, parameters = content.get("method"), content["parameters"]
     if method not in METHODS:
-        problems.append(f"{path}: method: {method!r} does not work; expected one of {', '.join(METHODS)}")
-    parameters = content.get("parameters") or {}
-    fixed = {name: p["value"] for name, p in parameters.items() if "value" in p and name != "report_to"}
+        problems.append(f"method: {method!r} does not work; expected one of {', '.join(METHODS)}")
     searched = {name: p for name, p in parameters.items() if "value" not in p}
     if not searched:
-        problems.append(f"{path}: parameters: nothing to search; give one of them `values`, or `min` and `max`")
+        problems.append("parameters: nothing to search; give one of them `values`, or `min` and `max`")
     for name, parameter in searched.items():
         if method == "grid" and "values" not in parameter:
-            problems.append(f"{path}: {name}: a grid needs `values`")
+            problems.append(f"{name}: a grid needs `values`")
         elif method != "grid":
             try:
                 distribution(name, parameter)
             except InputError as error:
-                problems.append(f"{path}: {error}")
+                problems.append(str(error))
     for name in ("output_dir", "run_name"):
         if name in parameters:
-            problems.append(f"{path}: {name}: every run of a sweep needs its own; leave it out")
-    run_cap = run_cap or content.get("run_cap")
-    if method in ("random", "bayes") and not run_cap:
-        problems.append(f"{path}: run_cap: missing; how many runs is a {method} search to try?")
-    if problems:
-        raise InputError("\n".join(problems))
-    early = content.get("early_terminate")
-    return Sweep(
-        name=path.stem,
-        method=method,
-        fixed=fixed,
-        searched=searched,
-        command=content.get("command") or ["${env}", "${interpreter}", "${program}", "${args}"],
-        program=content.get("program", "run_clm_owt.py"),
-        run_cap=run_cap,
-        first_pruned_validation=None if early is None else early.get("min_iter", 1),
-    )
+            problems.append(f"{name}: every run of a sweep needs its own; leave it out")
+    if method in ("random", "bayes") and not content.get("run_cap"):
+        problems.append(f"run_cap: missing; how many runs is a {method} search to try?")
+    return problems
 
 
 def distribution(name: str, parameter: dict[str, Any]):
@@ -138,15 +186,18 @@ def distribution(name: str, parameter: dict[str, Any]):
         raise InputError(f"{name}: expected value, values, or min and max")
     integers = isinstance(low, int) and isinstance(high, int)
     kind = parameter.get("distribution", "int_uniform" if integers else "uniform")
-    match kind:
-        case "int_uniform":
-            return IntDistribution(low, high)
-        case "uniform":
-            return FloatDistribution(low, high)
-        case "log_uniform_values":
-            return FloatDistribution(low, high, log=True)
-        case "q_uniform":
-            return FloatDistribution(low, high, step=parameter.get("q", 1))
+    try:
+        match kind:
+            case "int_uniform":
+                return IntDistribution(low, high)
+            case "uniform":
+                return FloatDistribution(low, high)
+            case "log_uniform_values":
+                return FloatDistribution(low, high, log=True)
+            case "q_uniform":
+                return FloatDistribution(low, high, step=parameter.get("q", 1))
+    except (TypeError, ValueError, ArithmeticError) as error:  # no numbers, the wrong way round, a logarithm of 0
+        raise InputError(f"{name}: {kind} between {low} and {high} does not work ({error})") from error
     raise InputError(
         f"{name}: distribution {kind!r} is unknown here; expected int_uniform, uniform, log_uniform_values, q_uniform"
     )
@@ -178,8 +229,17 @@ def grid(sweep: Sweep) -> Iterator[dict[str, Any]]:
 
 
 def to_arguments(options: dict[str, Any]) -> list[str]:
-    """As W&B's agents pass them: `--penalty_weight=0.01`."""
-    return [f"--{name}={show(value)}" for name, value in options.items()]
+    """As W&B's agents pass them: `--penalty_weight=0.01`; several values of one option as words of their own."""
+    words: list[str] = []
+    for name, value in options.items():
+        match value:
+            case list():
+                words += [f"--{name}", *map(show, value)]
+            case dict():
+                words += [f"--{name}", *(f"{key}={show(content)}" for key, content in value.items())]
+            case _:
+                words.append(f"--{name}={show(value)}")
+    return words
 
 
 def plan_run(sweep: Sweep, searched: dict[str, Any], extra: Sequence[str]) -> SweptRun:

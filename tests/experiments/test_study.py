@@ -71,6 +71,7 @@ def test_of_two_penalties_with_the_same_gradient_one_is_run(tmp_path):
     ("parameters", "problem"),
     [
         ({"seed": None}, "study: seed: no values; expected at least two `values`, better five"),
+        ({"seed": [[7]]}, "study: seed: 7; expected at least two `values`, better five"),
         ({"seed": [7]}, "study: seed: 7; expected at least two `values`, better five"),
         ({"penalty_weight": [0.1, 0.2]}, "study: penalty_weight: 0.1, 0.2; expected `values` with 0 among them"),
         ({"penalty_weight": [0]}, "study: penalty_weight: expected a value beside 0"),

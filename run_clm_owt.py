@@ -17,8 +17,8 @@ from clm_owt.console import close_output, print_lines, waiting
 from clm_owt.errors import InputError, RunFailed, disk_is_full, exit_with
 from clm_owt.recipe import Recipe
 from clm_owt.recipe_reader import read_command_line
-from clm_owt.run_state import RunReport, leave_if_ended_for_good
-from clm_owt.stopping import Deadline, StopRequest, launcher_began
+from clm_owt.run_state import RunReport, Session, launcher_name, leave_if_ended_for_good
+from clm_owt.stopping import Deadline, StopRequest
 
 
 def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None, search=None, trainer_class=None):
@@ -41,10 +41,12 @@ def run(recipe: Recipe, plan_only: bool, stop: StopRequest, processes_class=None
         group = stack.enter_context((processes_class or processes.Processes)(accelerator))
         hardware = launch.find_hardware(accelerator, group)
 
-        existing = group.on_main(run_folder.open_existing_run, recipe, plan_only, stack, remote.fetch_newer)
+        locked = group.on_main(run_folder.claim, recipe, plan_only, stack)
+        session = Session.of_all_processes(group.gather)
+        report = stack.enter_context(RunReport(folder if locked else None, group.is_main, stop, session))
+        existing = group.on_main(run_folder.find_existing_run, recipe, remote.fetch_newer if locked else None)
         if existing.finished and not plan_only:
             return group.say(*group.on_main(run_folder.summarize, folder))
-        report = stack.enter_context(RunReport(None if plan_only else folder, group.is_main, stop))
         stop.reached = existing.reached
         if plan_only and plan_without_data(recipe, existing, accelerator, group, stop, hardware):
             return
@@ -142,7 +144,7 @@ def main(argv: list[str], **stand_ins: object) -> None:
         if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
             print_lines(f"{recipe.run_name}: importing torch, transformers and datasets, some seconds")
         if not plan_only:
-            leave_if_ended_for_good(Path(recipe.output_dir), launcher_began())
+            leave_if_ended_for_good(Path(recipe.output_dir), launcher_name())
         deadline = Deadline.of(recipe.stop_after)
         if deadline is not None and os.environ.get("RANK", "0") == "0":
             print_lines(f"{recipe.run_name}: {deadline}")

@@ -4,7 +4,7 @@
     python scripts/runs.py runs/owt_512 --json   # of one, as JSON
 
 With --requeue it says whether the run of a command line is worth another place in a queue: it is not finished, and
-would not fail in the same way again. scripts/launch.slurm asks so. Exit status 0: it is, 1: it is not, with a line.
+would not fail in the same way again. scripts/launch.slurm asks so. Exit status 0: it is, 1 or 2: not, with a line.
 
     python scripts/runs.py --requeue 3 --recipe recipes/owt_512.yaml
 """
@@ -46,9 +46,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def requeue(failures_left: int, command_line: Sequence[str]) -> int:
-    """Whether the run of the command line is to go on in another job, as an exit status, after a line."""
+    """Whether the run of the command line is to go on in another job, as an exit status, after a line. Raises
+    InputError where its folder holds another run."""
     recipe, _ = read_command_line(list(command_line))
-    state = RunState.read(Path(recipe.output_dir))
+    folder = Path(recipe.output_dir)
+    if (folder / "plan.json").exists():
+        from clm_owt.training.run_folder import plan_of_same_run  # with torch, which takes seconds
+
+        plan_of_same_run(recipe, folder)
+    state = RunState.read(folder)
     where = f"{recipe.output_dir}: {state.state}, after step {state.step}" if state else recipe.output_dir
     if state is not None and (state.state == FINISHED or state.is_hopeless):
         print(f"{where}; not queued again: {state.error or 'there is nothing left to do'}")

@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import time
+from dataclasses import asdict
 
+import psutil
 import pytest
 
 from clm_owt import run_state
 from clm_owt.errors import InputError, RunFailed
-from clm_owt.run_state import NAME, RunReport, RunState, leave_if_ended_for_good
+from clm_owt.run_state import NAME, RunReport, RunState, Session, launcher_name, leave_if_ended_for_good
 from clm_owt.stopping import Stopped, StopRequest
 
 pytestmark = pytest.mark.usefixtures("handlers_as_before")
@@ -21,10 +25,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def session(folder, error: BaseException | None = None, step: int = 7, is_main: bool = True) -> RunState:
+def session(
+    folder, error: BaseException | None = None, step: int = 7, is_main: bool = True, of: Session | None = None
+) -> RunState:
     """A session that takes one step, and ends with that error; gives what it leaves."""
     try:
-        with RunReport(folder, is_main, StopRequest()) as report:
+        with RunReport(folder, is_main, StopRequest(), of or Session()) as report:
             report.begin(step - 1, 20)
             report.at_step(step, 2.5)
             if error is not None:
@@ -69,9 +75,10 @@ def test_the_same_failure_at_the_same_step_twice_is_final_and_another_one_is_not
 
 def test_the_process_that_failed_first_says_why(folder):
     """Another one loses its connection to it, or is told to stop; nor does it go on to report steps."""
-    with RunReport(folder, True, StopRequest()) as main:
+    of = Session()
+    with RunReport(folder, True, StopRequest(), of) as main:
         main.begin(0, 20)
-        assert session(folder, ValueError("of rank 1"), is_main=False).error == "ValueError: of rank 1"
+        assert session(folder, ValueError("of rank 1"), is_main=False, of=of).error == "ValueError: of rank 1"
         main._written = (0.0, "")  # as if five seconds had passed
         main.at_step(8, 1.0)
     with pytest.raises(Stopped), main:
@@ -87,14 +94,14 @@ def test_a_process_that_is_not_the_main_one_writes_of_failures_alone(folder):
 def test_a_lost_connection_is_a_stop_where_the_launcher_stops_the_others(folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     stop = StopRequest()
-    with pytest.raises(Stopped), stop.listening(), RunReport(folder, True, stop), stop.between_steps():
+    with pytest.raises(Stopped), stop.listening(), RunReport(folder, True, stop, Session()), stop.between_steps():
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("Connection closed by peer")
     assert RunState.read(folder).error == "stopped by SIGTERM"
 
 
 def test_steps_are_written_every_few_seconds_and_another_state_at_once(folder, monkeypatch):
-    with RunReport(folder, True, StopRequest()) as report:
+    with RunReport(folder, True, StopRequest(), Session()) as report:
         report.begin(0, 20)
         for step in range(1, 6):
             report.at_step(step, 1.0)
@@ -120,23 +127,78 @@ def test_a_folder_without_a_run_and_one_that_cannot_be_written_to_are_left_alone
     (tmp_path / "recipe.yaml").touch()
     (tmp_path / NAME).mkdir()  # in the place of the file
     assert session(tmp_path) is None
-    RunReport(None, True, StopRequest()).waiting_for_data()
+    RunReport(None, True, StopRequest(), Session()).waiting_for_data()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"state": "running"}'])
-def test_a_file_that_cannot_be_read_says_nothing(folder, content):
+WHOLE = asdict(RunState("running", "", 0))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{", '{"state": "running"}', "[" * 100_000]
+    + [
+        json.dumps(WHOLE | changes)
+        for changes in (
+            {"state": "x"}, {"state": []}, {"step": "x"}, {"step": -1}, {"total_steps": 1.5}, {"loss": "x"},
+            {"loss": float("nan")}, {"written_at": "x"}, {"written_at": 1e300}, {"error": 5}, {"pid": "x"},
+            {"pid": 10**30}, {"exit_status": 256}, {"final": 1}, {"launchers": "x"},
+        )
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_says_nothing_and_why(folder, content):
     (folder / NAME).write_text(content)
     assert RunState.read(folder) is None
+    with pytest.raises(InputError, match=re.escape(str(folder / NAME))):
+        RunState.read_or_refuse(folder)
+
+
+@pytest.mark.parametrize("hours", [-1, 0, 1])
+def test_a_session_writes_its_own_state_whatever_clock_the_one_before_had(folder, hours):
+    """As after a clock was set, or on another machine whose clock is ahead."""
+    before = session(folder, ValueError("a"), step=3)
+    (folder / NAME).write_text(json.dumps(asdict(before) | {"written_at": time.time() + hours * 3600}))
+    with RunReport(folder, True, StopRequest(), Session()) as report:
+        report.begin(3, 20)
+        assert RunState.read(folder).state == "running"
+        report.finish()
+    assert RunState.read(folder).state == "finished"
 
 
 def test_a_restart_leaves_at_once_where_the_same_launcher_has_seen_the_run_end_for_good(folder, capsys):
-    began = time.time()
-    session(folder, RunFailed("not finite", final=True))
-    with pytest.raises(SystemExit) as left:
-        leave_if_ended_for_good(folder, began)
-    assert left.value.code == 1
-    assert capsys.readouterr().err == "Not started again: RunFailed: not finite, after step 7\n"
-    leave_if_ended_for_good(folder, time.time())  # the command given anew
-    leave_if_ended_for_good(folder, None)  # without a launcher
-    session(folder, Stopped(signal.SIGTERM))
-    leave_if_ended_for_good(folder, began)
+    of = Session(launchers=["a:7:12.50", "b:9:3.25"])  # of two machines
+    ended = session(folder, RunFailed("not finite", final=True), of=of)
+    for launcher in of.launchers:
+        with pytest.raises(SystemExit) as left:
+            leave_if_ended_for_good(folder, launcher)
+        assert left.value.code == 1
+        assert capsys.readouterr().err == "Not started again: RunFailed: not finite, after step 7\n"
+    later = asdict(ended) | {"written_at": time.time() + 3600}
+    older = {name: value for name, value in later.items() if name not in ("session", "launchers")}
+    for content in (later, older):
+        (folder / NAME).write_text(json.dumps(content))
+        leave_if_ended_for_good(folder, "a:7:99.00")  # the command given anew
+        leave_if_ended_for_good(folder, None)  # without a launcher
+    session(folder, Stopped(signal.SIGTERM), of=of)
+    leave_if_ended_for_good(folder, "a:7:12.50")
+
+
+def test_under_a_launcher_a_run_that_cannot_begin_leaves_its_failure_and_nothing_else(tmp_path):
+    of = Session(launchers=["a:7:12.50"])
+    assert session(tmp_path, ValueError("a lost connection"), of=of) is None
+    assert session(tmp_path, InputError("text_column: 'text' is missing"), of=of).is_hopeless
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    with pytest.raises(SystemExit, match="2"):
+        leave_if_ended_for_good(tmp_path, "a:7:12.50")
+
+
+def test_a_launcher_has_one_name_whatever_the_clock_says(monkeypatch):
+    monkeypatch.setattr(run_state, "launcher", psutil.Process)
+    name = launcher_name()
+    assert name.split(":")[:2] == [socket.gethostname(), str(os.getpid())]
+    now = psutil.boot_time()
+    monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: now + 3600.0)
+    assert launcher_name() == name
+    monkeypatch.setattr(run_state, "launcher", lambda: None)
+    assert launcher_name() is None
+    gathered = [("s0", "a:7:12.50"), ("s1", "a:7:12.50"), ("s2", "b:9:3.25")]
+    assert Session.of_all_processes(lambda value: gathered) == Session("s0", ["a:7:12.50", "b:9:3.25"])

@@ -10,14 +10,14 @@ from typing import Any
 
 import psutil
 
-from clm_owt.errors import InputError
+from clm_owt.errors import InputError, one_line
 from clm_owt.file_lock import Holder, is_held
 from clm_owt.formatting import format_clock, format_duration, text_table
 from clm_owt.reports.record import read_metrics, read_plan, split_rows
 from clm_owt.run_state import FINISHED, NAME, RUNNING, STOPPED, RunState
 
 LOCK = ".lock"
-STARTING, DEAD, HANGS = "starting", "dead", "hangs?"
+STARTING, DEAD, HANGS, UNREADABLE = "starting", "dead", "hangs?", "unreadable"
 
 # A run on another machine renews the time of its lock every five seconds. Clocks of machines differ by less than this.
 SILENT_SECONDS = 120.0
@@ -31,7 +31,7 @@ HEADER = ("run", "state", "step", "of", "loss", "left", "last sign of life", "")
 @dataclass(frozen=True)
 class Standing:
     """How one run stands. Its state is one of run_state.json, or `starting`, `dead` (its process is gone, or gives no
-    sign of life), `hangs?` (it lives, and has taken no step for long)."""
+    sign of life), `hangs?` (it lives, and has taken no step for long), `unreadable`."""
 
     run: str
     state: str
@@ -66,22 +66,29 @@ def table(standings: Sequence[Standing]) -> str:
 
 
 def find_runs(folder: Path) -> Iterator[Path]:
-    """The folders of runs at or below `folder`, by name. Raises InputError where there is no such folder."""
-    if not folder.is_dir():
+    """The folders of runs at or below `folder`, by name, and those that may not be read. Raises InputError where there
+    is no such folder."""
+    if not os.path.isdir(folder):
         raise InputError(f"there is no folder {str(folder)!r}; name a run's folder, or one that holds runs")
-    if any((folder / name).exists() for name in ("recipe.yaml", LOCK)):
+    may_be_read = os.access(folder, os.R_OK | os.X_OK)
+    if not may_be_read or any(os.path.exists(folder / name) for name in ("recipe.yaml", LOCK, NAME)):
         yield folder
     else:
-        for child in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for child in sorted(path for path in folder.iterdir() if os.path.isdir(path)):
             if not folder.resolve().is_relative_to(child.resolve()):  # a link that leads back
                 yield from find_runs(child)
 
 
 def standing_of(folder: Path) -> Standing:
-    """How the run in `folder` stands."""
-    state = RunState.read(folder)
-    if state is None:
-        return standing_without_state(folder)
+    """How the run in `folder` stands; `unreadable` where its files do not say."""
+    try:
+        state = RunState.read_or_refuse(folder)
+        return standing_without_state(folder) if state is None else standing_by_state(folder, state)
+    except (InputError, OSError) as error:
+        return Standing(str(folder), UNREADABLE, remark=str(error).split("\n")[0])
+
+
+def standing_by_state(folder: Path, state: RunState) -> Standing:
     standing = Standing(
         run=str(folder),
         state=state.state,
@@ -96,7 +103,7 @@ def standing_of(folder: Path) -> Standing:
     who = f"process {state.pid} on {state.host}"
     if not lives(folder, state.host, state.pid):
         return replace_state(standing, DEAD, f"{who} is gone; the same command continues")
-    left = None if state.step_seconds is None else state.step_seconds * (state.total_steps - state.step)
+    left = None if state.step_seconds is None else state.step_seconds * max(0, state.total_steps - state.step)
     quiet = time.time() - max(state.written_at, state.step_at or 0.0)
     if state.state == RUNNING and quiet > LONGEST_PAUSE + LONGEST_STEP * (state.step_seconds or 0.0):
         return replace_state(standing, HANGS, f"{who} lives, and has taken no step since")
@@ -108,7 +115,8 @@ def replace_state(standing: Standing, state: str, remark: str) -> Standing:
 
 
 def standing_without_state(folder: Path) -> Standing:
-    """Of a run that has just begun, or whose version wrote no run_state.json."""
+    """Of a run that has just begun, or whose version wrote no run_state.json. Raises InputError where its other files
+    say nothing of it."""
     holder = Holder.read(folder / LOCK)
     alive = holder is not None and lives(folder, holder.host, holder.pid)
     try:
@@ -117,13 +125,19 @@ def standing_without_state(folder: Path) -> Standing:
         state = STARTING if alive else DEAD
         return Standing(str(folder), state, remark=str(holder) if alive else str(error))
     metrics = folder / "metrics.jsonl"
-    trained, *_ = split_rows(read_metrics(metrics))
+    try:
+        trained, *_ = split_rows(read_metrics(metrics))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{metrics}: {one_line(error)}") from error
+    told = {"total_steps": plan.get("total_steps")} | (trained[-1] if trained else {})
+    named = {name: told[name] for name in ("step", "total_steps", "loss") if name in told}
+    last = RunState.checked(asdict(RunState(RUNNING, "", 0)) | named)
     return Standing(
         run=str(folder),
         state=FINISHED if "finished" in plan else RUNNING if alive else STOPPED,
-        step=trained[-1]["step"] if trained else 0,
-        total_steps=plan["total_steps"],
-        loss=trained[-1]["loss"] if trained else None,
+        step=last.step,
+        total_steps=last.total_steps,
+        loss=last.loss,
         last_sign_at=metrics.stat().st_mtime if metrics.exists() else None,
         remark=str(holder) if alive else f"there is no {NAME}: of an older version",
     )

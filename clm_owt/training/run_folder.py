@@ -83,37 +83,33 @@ class ExistingRun:
             )
 
 
-def open_existing_run(
-    recipe: Recipe, plan_only: bool, stack: contextlib.ExitStack, fetch: Callable[[Recipe], None]
-) -> ExistingRun:
-    """As `find_existing_run`, with the folder locked until `stack` ends, unless nothing is to be written to it. Once
-    it is locked, `fetch` may put a newer checkpoint there."""
+def claim(recipe: Recipe, plan_only: bool, stack: contextlib.ExitStack) -> bool:
+    """Lock the run's folder until `stack` ends, unless nothing is to be written to it; whether it is locked. Raises
+    InputError where another process holds it, or it holds another run, or this one and it is not to be continued."""
     folder = Path(recipe.output_dir)
+    to_be_locked = not plan_only and not (recipe.resume_from_checkpoint == "auto" and is_complete(folder))
     if plan_only:
         check_writable("output_dir", folder)
-    elif not (recipe.resume_from_checkpoint == "auto" and is_complete(folder)):
+    if to_be_locked:
         stack.enter_context(run_lock(folder))
-        fetch(recipe)
-    return find_existing_run(recipe)
+    plan_of_same_run(recipe, folder)
+    return to_be_locked
 
 
-def find_existing_run(recipe: Recipe) -> ExistingRun:
-    """The run that the command continues, if there is one.
+def find_existing_run(recipe: Recipe, fetch: Callable[[Recipe], None] | None = None) -> ExistingRun:
+    """The run that the command continues, if there is one. `fetch` may put a newer checkpoint into its folder first.
 
     Raises InputError where the folder holds another run, or this one and it is not to be continued.
     """
     folder = Path(recipe.output_dir)
+    if fetch is not None:
+        fetch(recipe)
     plan = plan_of_same_run(recipe, folder)
     finished = recipe.resume_from_checkpoint == "auto" and bool(plan) and "finished" in plan
     missing = missing_model_files(folder) if finished else []
     if finished and not missing:
         return ExistingRun(plan, finished=True)
     if recipe.resume_from_checkpoint == "never":
-        if plan:
-            raise InputError(
-                f"output_dir: {folder} holds this run already, and resume_from_checkpoint is never; "
-                "remove the folder or give another output_dir"
-            )
         return find_branch_point(recipe) if recipe.branch_from else ExistingRun()
     if recipe.resume_from_checkpoint == "auto":
         checkpoint, passed_over = find_newest(folder / "checkpoints")
@@ -171,7 +167,8 @@ def describe(missing: Sequence[str]) -> str:
 
 
 def plan_of_same_run(recipe: Recipe, folder: Path) -> dict[str, object] | None:
-    """The plan of the run in `folder`, if there is one. Raises InputError if it is another run than the recipe's."""
+    """The plan of the run in `folder`, if there is one. Raises InputError if it is another run than the recipe's, or
+    this one and it is not to be continued."""
     if not ((folder / "recipe.yaml").exists() and (folder / "plan.json").exists()):
         return None
     try:
@@ -185,6 +182,11 @@ def plan_of_same_run(recipe: Recipe, folder: Path) -> dict[str, object] | None:
         else:
             way_on = f"when it has ended, --init_from {folder}/model begins a new run from its weights"
         raise InputError(f"output_dir: {folder} holds another run ({changes}); give another output_dir,\n  {way_on}")
+    if recipe.resume_from_checkpoint == "never":
+        raise InputError(
+            f"output_dir: {folder} holds this run already, and resume_from_checkpoint is never; "
+            "remove the folder or give another output_dir"
+        )
     return plan
 
 

@@ -1,7 +1,9 @@
 """The table of runs: those that go on, have ended, were killed, hang, or are of an older version."""
 
+import errno
 import json
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -133,6 +135,47 @@ def test_all_runs_below_a_folder_are_found_and_one_that_is_no_run_is_passed_over
     assert json.loads(capsys.readouterr().out)[0]["state"] == "finished"
     with pytest.raises(InputError, match="there is no folder"):
         runs.main([str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({NAME: "{"}, "run_state.json: JSONDecodeError"),
+        ({NAME: None}, "run_state.json: IsADirectoryError"),
+        ({"plan.json": "{}"}, "total_steps is 'None'; expected a number of steps"),
+        ({"metrics.jsonl": "{]\n"}, "metrics.jsonl"),
+        ({"metrics.jsonl": '{"step": 3}\n'}, "metrics.jsonl"),
+        ({"metrics.jsonl": '{"step": "x", "split": "train", "loss": 4.5}\n'}, "step is 'x'; expected a number"),
+    ],
+)
+def test_a_damaged_run_is_a_row_that_says_so_among_the_others(folder, capsys, files, reason):
+    for name, content in ({"plan.json": '{"total_steps": 9}'} | files).items():
+        (folder / name).mkdir() if content is None else (folder / name).write_text(content)
+    other = folder.parent / "whole"
+    other.mkdir()
+    write_state(other, state="failed", error="text_column: 'text' is missing")  # before it had a recipe.yaml
+    assert runs.main([str(folder.parent)]) == 0
+    _, damaged, whole = capsys.readouterr().out.splitlines()
+    assert damaged.split()[1] == "unreadable" and reason in damaged
+    assert whole.split()[1] == "failed" and "text_column" in whole
+
+
+def test_a_folder_that_may_not_be_read_is_a_row_as_well(folder, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    write_state(folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder)  # who runs the tests may read everything
+    monkeypatch.setattr(pathlib.Path, "read_text", refuse)
+    assert list(find_runs(folder.parent)) == [folder]
+    assert standing_of(folder).state == "unreadable" and "Permission denied" in standing_of(folder).remark
+
+
+def test_a_job_whose_folder_holds_another_run_is_not_queued_again(folder, tiny_recipe):
+    (folder / "recipe.yaml").write_text("learning_rate: 0.5\n")
+    (folder / "plan.json").write_text("{}")
+    with pytest.raises(InputError, match="holds another run"):
+        runs.main(["--requeue", "5", "--recipe", str(tiny_recipe), "--output_dir", str(folder)])
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_all_runs_below_a_folder_are_found_and_one_that_is_no_run_is_passed_over
         ({"plan.json": "{}"}, "total_steps is 'None'; expected a number of steps"),
         ({"metrics.jsonl": "{]\n"}, "metrics.jsonl"),
         ({"metrics.jsonl": '{"step": 3}\n'}, "metrics.jsonl"),
-        ({"metrics.jsonl": '{"step": "x", "split": "train", "loss": 4.5}\n'}, "step is 'x'; expected a number"),
+        ({"metrics.jsonl": '{"step": "x", "split": "train", "loss": 4.5}\n'}, "metrics.jsonl"),
     ],
 )
 def test_a_damaged_run_is_a_row_that_says_so_among_the_others(folder, capsys, files, reason):
@@ -164,7 +164,7 @@ def test_a_folder_that_may_not_be_read_is_a_row_as_well(folder, monkeypatch):
     def refuse(path, *_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    write_state(folder)
+    (folder / "recipe.yaml").unlink()
     monkeypatch.setattr(os, "access", lambda path, mode: path != folder)  # who runs the tests may read everything
     monkeypatch.setattr(pathlib.Path, "read_text", refuse)
     assert list(find_runs(folder.parent)) == [folder]

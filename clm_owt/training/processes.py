@@ -58,6 +58,7 @@ class Processes:
         self.is_main = accelerator.is_main_process  # which writes and prints
         self.is_first_of_machine = accelerator.is_local_main_process  # which does what is done once a machine
         self._cpu_group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
+        rendezvous.watch.connected()
 
     def __enter__(self) -> Self:
         return self

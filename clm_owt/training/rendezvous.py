@@ -87,18 +87,25 @@ def read_all(store: Store, keys: list[str]) -> list[str]:
 
 class Watch:
     """Ends this process when the round that it is in is over: another launcher has started a process of it again,
-    which this one may never learn of otherwise, as in a collective of NCCL that waits for a process which is gone."""
+    which this one may never learn of otherwise, as in a collective of NCCL that waits for a process which is gone.
+    Also where this one is not `connected` within MEETING_SECONDS: gloo was seen to wait for more than three times as
+    long as it was told to, for a process that was lost meanwhile."""
 
     def __init__(self, leave: Callable[[str], object]) -> None:
         self._leave = leave
-        self._ended = threading.Event()
+        self._ended, self._connected = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self, store: Store, name: str, members: list[str] | None) -> None:
         """Watch over the round `name`; with its `members`, for whether they are still the same."""
         self._ended.clear()
+        self._connected.clear()
         self._thread = threading.Thread(target=self._run, args=(store, name, members), name="round", daemon=True)
         self._thread.start()
+
+    def connected(self) -> None:
+        """This process is connected to all others."""
+        self._connected.set()
 
     def stop(self) -> None:
         self._ended.set()
@@ -106,9 +113,11 @@ class Watch:
             self._thread.join(2 * WATCHING_SECONDS)
 
     def _run(self, store: Store, name: str, members: list[str] | None) -> None:
-        answered = time.monotonic()
+        began = answered = time.monotonic()
         store.set_timeout(timedelta(seconds=WATCHING_SECONDS))
         while not self._ended.wait(WATCHING_SECONDS):
+            if time.monotonic() - began > MEETING_SECONDS and not self._connected.is_set():
+                return self._leave(f"waited {MEETING_SECONDS:.0f} s to be connected to the other processes of the run")
             try:
                 if members and read_all(store, [f"token/{rank}" for rank in range(len(members))]) != members:
                     store.set(ROUND, json.dumps(["", []]))

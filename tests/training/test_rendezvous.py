@@ -92,6 +92,22 @@ def test_processes_of_a_round_leave_where_one_of_them_was_started_again(monkeypa
         assert agree_on_round(store, rank, 2) == started_again.result(20)
 
 
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_process_that_is_not_connected_in_time_leaves(monkeypatch, connected):
+    store = HashStore()
+    name, members = rounds_of(store, [0, 1])[0]
+    monkeypatch.setattr(rendezvous, "WATCHING_SECONDS", 0.05)
+    monkeypatch.setattr(rendezvous, "MEETING_SECONDS", 0.2)
+    left: list[str] = []
+    watch = Watch(left.append)
+    watch.start(store, name, members)
+    if connected:
+        watch.connected()
+    watch._thread.join(1)
+    watch.stop()
+    assert left == ([] if connected else ["waited 0 s to be connected to the other processes of the run"])
+
+
 def test_a_watch_that_is_stopped_or_loses_the_store_for_a_moment_ends_nothing(monkeypatch):
     monkeypatch.setattr(rendezvous, "WATCHING_SECONDS", 0.05)
 

@@ -141,10 +141,10 @@ def main(argv: list[str], **stand_ins: object) -> None:
     `stand_ins`: as `run` takes them."""
     try:
         recipe, plan_only = read_command_line(argv)
-        if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
-            print_lines(f"{recipe.run_name}: importing torch, transformers and datasets, some seconds")
         if not plan_only:
             leave_if_ended_for_good(Path(recipe.output_dir), launcher_name())
+        if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+            print_lines(f"{recipe.run_name}: importing torch, transformers and datasets, some seconds")
         deadline = Deadline.of(recipe.stop_after)
         if deadline is not None and os.environ.get("RANK", "0") == "0":
             print_lines(f"{recipe.run_name}: {deadline}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from clm_owt.console import close_output
 from clm_owt.errors import InputError, exit_with
 
-if typing.TYPE_CHECKING:
+if typing.TYPE_CHECKING:  # run_clm_owt.py begins with this module, and imports nothing slow before it
     from clm_owt.recipe import Rule
 
 Number = typing.TypeVar("Number", int, float)
@@ -63,6 +63,13 @@ def number(kind: type[Number], rule: "Rule") -> Callable[[str], Number]:
         return value
 
     return read
+
+
+def count(text: str) -> int:
+    """A type of argparse: a whole number of at least 1."""
+    from clm_owt.recipe import at_least
+
+    return number(int, at_least(1))(text)
 
 
 def picture_file(*endings: str) -> Callable[[str], Path]:

@@ -49,8 +49,8 @@ from clm_owt.model.gpt2 import EXPORTED_ACTIVATION, build_model, compile_blocks,
 from clm_owt.model.losses import fused_linear_loss, softmax_and_gradient
 from clm_owt.optimizers import OPTIMIZERS
 from clm_owt.planning.plan import flops_per_token
-from clm_owt.program import number, output_file, run_script
-from clm_owt.recipe import PENALTY_TYPES, Recipe, at_least
+from clm_owt.program import count, output_file, run_script
+from clm_owt.recipe import PENALTY_TYPES, Recipe
 from clm_owt.recipe_reader import load_recipe
 from clm_owt.state import TrainState
 from clm_owt.training.checkpoint import CheckpointWriter, copy_to_host, take_snapshot
@@ -124,12 +124,10 @@ def create_parser(command: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--rounds", type=number(int, at_least(1)), default=5, help="measured repetitions (default: %(default)s)"
-    )
+    parser.add_argument("--rounds", type=count, default=5, help="measured repetitions (default: %(default)s)")
     parser.add_argument("--paths", nargs="+", metavar="PATH", help="only these (default: all)")
     parser.add_argument("--penalties", nargs="*", metavar="TYPE", choices=PENALTY_TYPES, help=PENALTIES_HELP)
-    parser.add_argument("--vocab_size", type=number(int, at_least(1)), help="default: the recipe's, or GPT-2's 50,257")
+    parser.add_argument("--vocab_size", type=count, help="default: the recipe's, or GPT-2's 50,257")
     parser.add_argument("--json", metavar="FILE", type=output_file, help="write all measurements there")
     return parser
 
@@ -159,9 +157,7 @@ def benchmark_step(argv: list[str]) -> None:
     parser = create_parser("step")
     add_precision(parser)
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, help="by turns (default: the recipe's)")
-    parser.add_argument(
-        "--micro_batch", type=number(int, at_least(1)), default=1, help="blocks of a step (default: %(default)s)"
-    )
+    parser.add_argument("--micro_batch", type=count, default=1, help="blocks of a step (default: %(default)s)")
     parser.add_argument(
         "--profile", metavar="FILE", type=output_file, help="write a torch profiler trace of the first path"
     )
@@ -294,7 +290,7 @@ def benchmark_head(argv: list[str]) -> None:
     add_precision(parser)
     parser.add_argument(
         "--blocks",
-        type=number(int, at_least(1)),
+        type=count,
         default=8,
         help="blocks of the recipe's length (default: %(default)s)",
     )

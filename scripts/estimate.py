@@ -37,8 +37,8 @@ from clm_owt.planning.step_time import (
     step_seconds,
     work_of,
 )
-from clm_owt.program import number, run_script
-from clm_owt.recipe import Recipe, at_least
+from clm_owt.program import count, run_script
+from clm_owt.recipe import Recipe
 from clm_owt.recipe_reader import load_recipe
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "loss")
@@ -213,13 +213,9 @@ def main(argv: list[str]) -> None:
     )
     keys = ", ".join(device.key for device in DEVICES)
     parser.add_argument("--device", nargs="+", metavar="NAME", help=f"default: all known ({keys})")
-    parser.add_argument(
-        "--processes", type=number(int, at_least(1)), default=1, help="devices that share the batch (default: 1)"
-    )
+    parser.add_argument("--processes", type=count, default=1, help="devices that share the batch (default: 1)")
     parser.add_argument("--parts", action="store_true", help="how the time is derived, in place of memory and time")
-    parser.add_argument(
-        "--vocab_size", type=number(int, at_least(1)), help="where the recipe's tokenizer does not tell"
-    )
+    parser.add_argument("--vocab_size", type=count, help="where the recipe's tokenizer does not tell")
     parser.add_argument("--calibrate", action="store_true", help="also measure on this machine's GPU")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # what --calibrate runs in a process of its own
     options, recipe_options = parser.parse_known_args(argv)

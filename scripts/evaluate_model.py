@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from clm_owt.errors import InputError
 from clm_owt.formatting import text_table
-from clm_owt.program import number, picture_file, run_script
-from clm_owt.recipe import SEED, above, at_least, fraction
+from clm_owt.program import count, number, picture_file, run_script
+from clm_owt.recipe import SEED, above, fraction
 from clm_owt.reports.overview import find_runs
 from clm_owt.reports.panels import by_difference
 from clm_owt.reports.record import RunRecord
@@ -73,24 +73,16 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="text files, each one document")
     what.add_argument("--recipe", metavar="FILE", help="the validation set of this recipe (also a run's recipe.yaml)")
     what.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness (extra [eval])")
-    parser.add_argument(
-        "--stride", type=number(int, at_least(1)), help="predict so many tokens of each window, the others are context"
-    )
-    parser.add_argument(
-        "--batch_size", type=number(int, at_least(1)), default=8, help="windows, prompts, or requests, at a time"
-    )
+    parser.add_argument("--stride", type=count, help="predict so many tokens of each window, the others are context")
+    parser.add_argument("--batch_size", type=count, default=8, help="windows, prompts, or requests, at a time")
     parser.add_argument("--json", action="store_true", help="print JSON alone: an object, of several models a list")
     more = parser.add_argument_group("calibration and generation, on --text or --recipe")
     more.add_argument("--calibration", action="store_true", help="expected calibration errors")
     more.add_argument("--output", type=picture_file(".png"), metavar="PNG", help="draw the reliability diagram")
     more.add_argument("--generation", action="store_true", help="entropy and repetition of text that it writes")
-    more.add_argument(
-        "--prompts", type=number(int, at_least(1)), default=128, help="how many are cut from the text [128]"
-    )
-    more.add_argument("--prompt_tokens", type=number(int, at_least(1)), default=32, help="tokens of a prompt [32]")
-    more.add_argument(
-        "--new_tokens", type=number(int, at_least(1)), default=96, help="tokens that are written after it [96]"
-    )
+    more.add_argument("--prompts", type=count, default=128, help="how many are cut from the text [128]")
+    more.add_argument("--prompt_tokens", type=count, default=32, help="tokens of a prompt [32]")
+    more.add_argument("--new_tokens", type=count, default=96, help="tokens that are written after it [96]")
     more.add_argument(
         "--top_p", type=number(float, fraction("(", "]")), default=1.0, help="nucleus to sample from [1: all tokens]"
     )
@@ -102,7 +94,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     )
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("--task_folder", type=Path, help="task definitions (YAML) of your own, beside the built-in")
-    tasks.add_argument("--limit", type=number(int, at_least(1)), help="examples of each task; default: all")
+    tasks.add_argument("--limit", type=count, help="examples of each task; default: all")
     options = parser.parse_args(argv)
     check_options(options, parser.error)
     return options

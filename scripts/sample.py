@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from clm_owt.errors import InputError
-from clm_owt.program import number, run_script
+from clm_owt.program import count, number, run_script
 from clm_owt.recipe import DEFAULT_PROMPTS, SEED, above, at_least, fraction
 
 MODEL_HELP = "a run's folder, one of its checkpoints, a folder with a model, or a Hub id"
@@ -25,8 +25,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--revision", help="branch, tag or commit on the Hub, such as step-00002000")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts_file", type=Path, help="a prompt a line")
-    parser.add_argument("--count", type=number(int, at_least(1)), default=1, help="continuations of each prompt")
-    parser.add_argument("--max_new_tokens", type=number(int, at_least(1)), default=100)
+    parser.add_argument("--count", type=count, default=1, help="continuations of each prompt")
+    parser.add_argument("--max_new_tokens", type=count, default=100)
     parser.add_argument("--temperature", type=number(float, above(0)), default=1.0)
     parser.add_argument(
         "--top_p", type=number(float, fraction("(", "]")), default=0.9, help="nucleus; 1 leaves all tokens"

@@ -34,7 +34,7 @@ from clm_owt.experiments.study_plan import plan_lines
 from clm_owt.experiments.sweep_file import Sweep, SweptRun, read_sweep
 from clm_owt.files import replacing, write_text
 from clm_owt.planning.devices import DEVICES, find_device
-from clm_owt.program import number, run_script
+from clm_owt.program import count, number, run_script
 from clm_owt.recipe import at_least, show
 from clm_owt.reports.comparison import check_intervals_can_be_computed
 from clm_owt.reports.record import read_plan
@@ -92,27 +92,19 @@ def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("study", type=Path, nargs="?", help="a grid in W&B's sweep format")
     parser.add_argument("--gpus", default="", help="GPUs to use, one run on each: 0,1,2,3")
-    parser.add_argument(
-        "--prompts", type=number(int, at_least(1)), default=128, help="texts generated (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--prompt_tokens", type=number(int, at_least(1)), default=32, help="tokens of each prompt, default %(default)s"
-    )
+    parser.add_argument("--prompts", type=count, default=128, help="texts generated (default: %(default)s)")
+    parser.add_argument("--prompt_tokens", type=count, default=32, help="tokens of each prompt, default %(default)s")
     parser.add_argument(
         "--new_tokens", type=number(int, at_least(4)), default=64, help="tokens after each (default: %(default)s)"
     )
-    parser.add_argument(
-        "--bins", type=number(int, at_least(1)), default=15, help="of the calibration (default: %(default)s)"
-    )
+    parser.add_argument("--bins", type=count, default=15, help="of the calibration (default: %(default)s)")
     parser.add_argument("--plan_only", action="store_true", help="print what it will take, and stop")
     keys = ", ".join(device.key for device in DEVICES)
     parser.add_argument("--device", nargs="+", metavar="NAME", help=f"in the plan; default: all known ({keys})")
     parser.add_argument(
         "--price", type=number(float, at_least(0)), metavar="AMOUNT", help="in the plan: of an hour of a device"
     )
-    parser.add_argument(
-        "--vocab_size", type=number(int, at_least(1)), help="in the plan, where the recipe's tokenizer does not tell"
-    )
+    parser.add_argument("--vocab_size", type=count, help="in the plan, where the recipe's tokenizer does not tell")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # what measures in a process of its own
     options, extra = parser.parse_known_args(argv)
     if options.study is None and options.measure is None:

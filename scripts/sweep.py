@@ -29,8 +29,7 @@ from clm_owt.experiments.execution import Places, interruption
 from clm_owt.experiments.local_sweep import LocalSweep
 from clm_owt.experiments.sweep_file import plan_grid, read_sweep, run_command, with_seeds
 from clm_owt.experiments.sweep_report import report
-from clm_owt.program import number, run_script
-from clm_owt.recipe import at_least
+from clm_owt.program import count, run_script
 from clm_owt.reports.comparison import check_intervals_can_be_computed
 
 
@@ -45,9 +44,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, metavar="N", help="run each configuration of a grid with so many seeds")
     parser.add_argument("--gpus", default="", help="GPUs to use, one run on each: 0,1,2,3")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, one a line, and stop")
-    parser.add_argument(
-        "--run_cap", type=number(int, at_least(1)), help="runs of a random or Bayesian search; wins over the file"
-    )
+    parser.add_argument("--run_cap", type=count, help="runs of a random or Bayesian search; wins over the file")
     options, extra = parser.parse_known_args(argv)
     sweep = read_sweep(options.sweep, options.run_cap)
     if options.seeds is not None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clm_owt.errors import InputError
-from clm_owt.program import number, picture_file, run_script
+from clm_owt.program import count, number, picture_file, run_script
 from clm_owt.recipe import above, at_least, fraction
 from clm_owt.recipe_reader import load_recipe
 from clm_owt.reports.figures import save_figure
@@ -121,7 +121,7 @@ def read_arguments(argv: list[str]) -> tuple[list[Curve], Path | None]:
     parser.add_argument("--recipe", nargs="+", default=[], help="recipes whose schedules to draw")
     parser.add_argument("--max_lr", type=number(float, above(0)), help="peak learning rate")
     parser.add_argument("--warmup_steps", type=number(int, at_least(0)))
-    parser.add_argument("--total_steps", type=number(int, at_least(1)))
+    parser.add_argument("--total_steps", type=count)
     floor = number(float, fraction("[", "]"))
     parser.add_argument("--min_lr_ratio", type=floor, default=0.1, help="floor as a share of the peak (default: 0.1)")
     parser.add_argument("--lr_schedule", choices=SCHEDULES, default="cosine", help="default: cosine")

@@ -117,29 +117,28 @@ def shape_problems(content: dict[str, Any]) -> list[str]:
     def is_words(value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
-    early = content.get("early_terminate")
+    def is_early_termination(value: Any) -> bool:
+        return isinstance(value, dict) and is_count(value.get("min_iter", 1))
+
     expected = {
-        "parameters": (
-            lambda value: isinstance(value, dict),
-            "names, each with `value`, `values`, or `min` and `max`",
-        ),
-        "run_cap": (lambda value: value is None or is_count(value), "a whole number of at least 1"),
-        "early_terminate": (lambda value: value is None or isinstance(value, dict), "a `type` and a `min_iter`"),
-        "command": (lambda value: value is None or is_words(value), "a list of words"),
-        "program": (lambda value: value is None or isinstance(value, str), "the name of a file"),
+        "run_cap": (is_count, "a whole number of at least 1"),
+        "early_terminate": (is_early_termination, "a `type` and a `min_iter` of at least 1"),
+        "command": (is_words, "a list of words"),
+        "program": (lambda value: isinstance(value, str), "the name of a file"),
     }
     problems = [
-        f"{name}: {format_value(content.get(name))} does not work; expected {text}"
+        f"{name}: {format_value(content[name])} does not work; expected {text}"
         for name, (is_right, text) in expected.items()
-        if not is_right(content.get(name))
+        if content.get(name) is not None and not is_right(content[name])
     ]
-    if isinstance(early, dict) and not is_count(early.get("min_iter", 1)):
-        problems.append(
-            f"early_terminate: min_iter: {early['min_iter']!r} does not work; expected a whole number of at least 1"
-        )
-    if problems:
-        return problems
-    for name, parameter in content["parameters"].items():
+    parameters = content.get("parameters")
+    if not isinstance(parameters, dict):
+        found = format_value(parameters)
+        return [
+            *problems,
+            f"parameters: {found} does not work; expected names, each with `value`, `values`, or `min` and `max`",
+        ]
+    for name, parameter in parameters.items():
         if not isinstance(parameter, dict):
             value = format_value(parameter)
             problems.append(f"{name}: {value} does not work; expected `value: {value}`, `values`, or `min` and `max`")

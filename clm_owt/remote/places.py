@@ -35,8 +35,10 @@ S3_OPTIONS = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
 OPTIONS = {"file": {"auto_mkdir": True}, "local": {"auto_mkdir": True}, "s3": S3_OPTIONS, "s3a": S3_OPTIONS}
 
 
-# Of a folder: nobody mends them while the run goes on.
-LASTING_ERRORS = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+# Of a place: nobody mends them while the run goes on.
+LASTING_ERRORS = (
+    PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, NotImplementedError
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ class Mirror:
     def will_not_pass(self, error: Exception) -> bool:
         without_keys = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of botocore
         return (
-            isinstance(error, (*LASTING_ERRORS, NotImplementedError))
+            isinstance(error, LASTING_ERRORS)
             or getattr(error, "errno", None) in (errno.EROFS, errno.ENAMETOOLONG)
             or type(error).__name__ in without_keys
         )

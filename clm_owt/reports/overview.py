@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from clm_owt.errors import InputError, one_line
+from clm_owt.errors import InputError
 from clm_owt.file_lock import Holder, is_held
 from clm_owt.formatting import format_clock, format_duration, text_table
 from clm_owt.reports.record import read_metrics, read_plan, split_rows
@@ -125,13 +125,9 @@ def standing_without_state(folder: Path) -> Standing:
         state = STARTING if alive else DEAD
         return Standing(str(folder), state, remark=str(holder) if alive else str(error))
     metrics = folder / "metrics.jsonl"
-    try:
-        trained, *_ = split_rows(read_metrics(metrics))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{metrics}: {one_line(error)}") from error
-    told = {"total_steps": plan.get("total_steps")} | (trained[-1] if trained else {})
-    named = {name: told[name] for name in ("step", "total_steps", "loss") if name in told}
-    last = RunState.checked(asdict(RunState(RUNNING, "", 0)) | named)
+    trained, *_ = split_rows(read_metrics(metrics))
+    told = {"total_steps": plan["total_steps"]} | (trained[-1] if trained else {})
+    last = RunState.checked(asdict(RunState(RUNNING, "", 0)) | told)
     return Standing(
         run=str(folder),
         state=FINISHED if "finished" in plan else RUNNING if alive else STOPPED,

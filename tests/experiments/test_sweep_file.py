@@ -42,7 +42,7 @@ def search(**parameters) -> dict:
             search() | {"early_terminate": True},
             "early_terminate: True does not work; expected a `type` and a `min_iter`",
         ),
-        (search() | {"early_terminate": {"min_iter": 0}}, "early_terminate: min_iter: 0 does not work"),
+        (search() | {"early_terminate": {"min_iter": 0}}, "early_terminate: {'min_iter': 0} does not work"),
         ({"parameters": ["seed"]}, "parameters: ['seed'] does not work; expected names"),
         ({"parameters": {"seed": 7}}, "seed: 7 does not work; expected `value: 7`, `values`, or `min` and `max`"),
         ({"parameters": {"seed": {"values": 7}}}, "seed: values: 7 does not work; expected a list of values"),

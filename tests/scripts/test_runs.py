@@ -142,7 +142,7 @@ def test_all_runs_below_a_folder_are_found_and_one_that_is_no_run_is_passed_over
     [
         ({NAME: "{"}, "run_state.json: JSONDecodeError"),
         ({NAME: None}, "run_state.json: IsADirectoryError"),
-        ({"plan.json": "{}"}, "total_steps is 'None'; expected a number of steps"),
+        ({"plan.json": "{}"}, "plan.json has no 'total_steps'"),
         ({"metrics.jsonl": "{]\n"}, "metrics.jsonl"),
         ({"metrics.jsonl": '{"step": 3}\n'}, "metrics.jsonl"),
         ({"metrics.jsonl": '{"step": "x", "split": "train", "loss": 4.5}\n'}, "metrics.jsonl"),
